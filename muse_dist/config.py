@@ -1,0 +1,162 @@
+"""The one place where a MuSe layer is configured."""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Exchange = Literal["moments", "kv"]
+Backend = Literal["auto", "torch"]
+
+
+def _option(default: Any, text: str) -> Any:
+    """A field whose documentation other front ends (command lines, JSON sections) can read."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class MuseConfig:
+    """Settings of multipole semantic attention. Each field's `metadata["help"]` says what it costs and buys.
+
+    Raises `ValueError` or `TypeError`, naming the field and the fix, for values that cannot work together.
+    The notation is that of DESIGN.md: a sequence of N tokens is cut into blocks, the keys of a block into leaves,
+    its queries into groups.
+    """
+
+    block: int = _option(4096, (
+        "tokens in a block: every query reads its own block exactly. Cost of the near field grows as N * block, "
+        "accuracy with it; must be `leaf` times a power of two"))
+    halo: int = _option(1, (
+        "blocks next to the own one that are read exactly too (before it; on both sides when not causal). "
+        "Each adds N * block to the near field; the first one matters most for accuracy"))
+    leaf: int = _option(64, (
+        "keys in a leaf, the cluster that far queries see as one key. Smaller leaves are more accurate; "
+        "the far field costs N * N / leaf"))
+    group: int = _option(64, (
+        "query rows that choose their opened leaves together. Smaller groups choose better and read more memory; "
+        "`block` must be `group` times a power of two"))
+    anchors: int = _option(4, (
+        "parts of a block's queries, per key/value head, whose means the moments are taken about. More anchors, "
+        "shorter extrapolation, more memory for moments; a power of two, at most block / group"))
+    remote_anchors: int = _option(1, (
+        "anchors of a rank's contiguous chunk, per key/value head, for the moments other ranks send it. The traffic "
+        "grows in proportion; a power of two, at most `anchors`"))
+    remote_leaf: int = _option(32, (
+        "keys in the leaves whose moments ranks send each other. The traffic shrinks in proportion; "
+        "`block` must be `remote_leaf` times a power of two"))
+    opened: int = _option(16, (
+        "leaves each group reads exactly, besides the sinks: the ones with the largest estimated mass. "
+        "Costs N * opened * leaf; the main lever on accuracy after block and halo"))
+    sinks: int = _option(1, (
+        "leading leaves of the sequence that every group reads exactly. Some heads keep almost all their mass on the "
+        "first tokens; 0 saves little and can cost much accuracy"))
+    trace: bool = _option(True, (
+        "add the isotropic second-order term to far logits. Costs one number a leaf and anchor, improves accuracy; "
+        "without it a far logit is a lower bound of the leaf's true log mass"))
+    causal: bool = _option(True, "each query sees the keys up to its own position; false: all keys")
+    exchange: Exchange = _option("moments", (
+        "what context-parallel ranks send each other: 'moments' of their leaves, or 'kv', all keys and values "
+        "(the one-device result, at the traffic of exact attention)"))
+    backend: Backend = _option("auto", "'torch' is plain PyTorch, on any device; 'auto' takes the fastest that can run")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _check_type(f.name, getattr(self, f.name), f.default)
+        for name, low in {"block": 1, "halo": 0, "leaf": 1, "group": 1, "anchors": 1, "remote_anchors": 1,
+                          "remote_leaf": 1, "opened": 0, "sinks": 0}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {low}")
+        for name in ("leaf", "group", "remote_leaf"):
+            part = getattr(self, name)
+            if not _power_of_two_times(self.block, part):
+                raise ValueError(
+                    f"block={self.block} is not {name}={part} times a power of two; with this {name} "
+                    f"take block={_nearest_block(self.block, part)}")
+        for name, most, why in (("anchors", self.block // self.group, "block / group"),
+                                ("remote_anchors", self.anchors, "anchors")):
+            count = getattr(self, name)
+            if count & (count - 1) or count > most:
+                raise ValueError(f"{name}={count}: must be a power of two, at most {why} = {most}")
+        if self.sinks > self.block // self.leaf:
+            raise ValueError(f"sinks={self.sinks}: must lie in the first block, at most block / leaf = "
+                             f"{self.block // self.leaf}")
+        for name, allowed in (("exchange", get_args(Exchange)), ("backend", get_args(Backend))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, allowed))}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MuseConfig:
+        """Build from a mapping of field names; `preset` names a preset to start from. Unknown keys raise `ValueError`."""
+        values = dict(values)
+        preset = values.pop("preset", None)
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}, preset"
+                raise ValueError(f"unknown key {key!r} in the MuSe settings; {hint}")
+        if preset is None:
+            return cls(**values)
+        return cls.preset(preset, **values)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> MuseConfig:
+        """Read a TOML file: its `[muse]` table if there is one, else its top level."""
+        with open(path, "rb") as file:
+            values = _toml().load(file)
+        return cls.from_dict(values.get("muse", values))
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MuseConfig:
+        """The preset called `name` ('paper', 'fast' or 'accurate') with some fields changed."""
+        presets = {"paper": cls.paper, "fast": cls.fast, "accurate": cls.accurate}
+        if name not in presets:
+            raise ValueError(f"unknown preset {name!r}; take one of {', '.join(presets)}")
+        return presets[name](**changes)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> MuseConfig:
+        """The setting of the 2025 paper: blocks of 8192, 64 clusters a block, no halo, no sinks, nothing opened."""
+        return cls(**{"block": 8192, "halo": 0, "leaf": 128, "group": 128, "anchors": 64, "opened": 0, "sinks": 0,
+                      "trace": False, **changes})
+
+    @classmethod
+    def fast(cls, **changes: Any) -> MuseConfig:
+        """The cheapest setting measured within 0.02 nats of exact attention (launch/results)."""
+        return cls(**{"block": 2048, "opened": 8, **changes})
+
+    @classmethod
+    def accurate(cls, **changes: Any) -> MuseConfig:
+        """Within 0.008 nats of exact attention without retraining (launch/results)."""
+        return cls(**{"block": 4096, "opened": 16, **changes})
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """Booleans are integers to Python; here they are not."""
+    wanted = type(default)
+    if type(value) is not wanted:
+        raise TypeError(f"{name}={value!r}: must be {wanted.__name__}, not {type(value).__name__}")
+
+
+def _power_of_two_times(whole: int, part: int) -> bool:
+    ratio = whole // part
+    return whole % part == 0 and ratio & (ratio - 1) == 0
+
+
+def _nearest_block(block: int, part: int) -> int:
+    """The largest `part` times a power of two that is at most `block`, or `part` itself."""
+    size = part
+    while size * 2 <= block:
+        size *= 2
+    return size
+
+
+def _toml() -> Any:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[no-redef]
+    return tomllib
