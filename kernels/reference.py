@@ -1,0 +1,422 @@
+"""Multipole semantic attention in plain PyTorch: every step of the method as one would explain it on a board.
+
+Each function here is also the twin of a GPU kernel: same name, same arguments, same results. The backward of a partial
+softmax takes the output and log-sum-exp of the *merged* softmax, through `lse` and `delta = sum(dout * out)`:
+
+    P = exp(logit - lse)        dlogit = P * (dout . value - delta)        dvalue = P^T dout
+
+Shape legend: B batch, K key/value heads, G query heads per key/value head, D head dim; n blocks of b tokens, J leaves of
+m keys, A anchors, U groups of g query rows, O opened leaves a group. `...` stands for any leading batch dimensions.
+Arithmetic is done in the dtype given: callers pass fp32 or fp64. None of the functions changes its arguments.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NEG_INF = float("-inf")
+
+
+class Moments(NamedTuple):
+    """What far queries see of a leaf, about an anchor a; p are the weights softmax(scale * a.k) inside the leaf."""
+
+    mass: Tensor  # [..., A, J] log of the sum of exp(scale * a.k); -inf for an empty leaf
+    key: Tensor  # [..., A, J, D] mean key under p
+    value: Tensor  # [..., A, J, D] mean value under p
+    trace: Tensor  # [..., A, J] variance of the keys under p, averaged over the D directions
+
+
+# ---------------------------------------------------------------------------------------------------------- clustering
+
+
+def principal_axes(x: Tensor, valid: Tensor, count: int, iterations: int = 8) -> tuple[Tensor, Tensor]:
+    """Leading principal axes of point sets, by orthogonal iteration from a fixed start (no randomness, no host sync).
+
+    Args:
+        x: points [..., n, D], finite.
+        valid: bool [n], which points count.
+        count: number of axes c, at most D.
+    Returns:
+        axes [..., D, c], orthonormal columns (zero columns where the points have no extent left), and the standard
+        deviations of the points along them [..., c].
+    """
+    weight = valid.to(x.dtype)[:, None]
+    total = weight.sum().clamp(min=1)
+    centred = (x - (x * weight).sum(-2, keepdim=True) / total) * weight
+    centred = centred / centred.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    covariance = centred.mT @ centred / total
+    size = x.shape[-1]
+    grid = torch.arange(size, device=x.device, dtype=x.dtype)
+    axes = torch.cos((grid[:, None] + 0.5) * (grid[:count] + 0.5) * (torch.pi / size)).expand(*x.shape[:-2], -1, -1)
+    for _ in range(iterations):
+        axes = _orthonormal(covariance @ axes)
+    spread = (axes * (covariance @ axes)).sum(-2).clamp(min=0).sqrt()
+    return axes, spread
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Gram-Schmidt on the columns of [..., D, c]; a column that depends on the ones before it becomes zero."""
+    done: list[Tensor] = []
+    for column in columns.unbind(-1):
+        length = column.norm(dim=-1, keepdim=True)
+        for _ in range(2):  # twice is enough for orthogonality to rounding
+            for axis in done:
+                column = column - (axis * column).sum(-1, keepdim=True) * axis
+        rest = column.norm(dim=-1, keepdim=True)
+        independent = rest > length * (100 * torch.finfo(column.dtype).eps)
+        done.append(torch.where(independent, column / rest.clamp(min=torch.finfo(column.dtype).tiny), 0.0))
+    return torch.stack(done, -1)
+
+
+def bisect(x: Tensor, part: int, pinned: int = 0, valid: Tensor | None = None) -> Tensor:
+    """Order points so that consecutive runs of `part` points are clusters: a balanced k-d tree.
+
+    Every run is split at the median along its widest axis, again and again, until runs hold `part` points. If n / part
+    is an odd number times a power of two, the last split cuts that odd number of runs at once. Ties keep their order.
+
+    Args:
+        x: points [..., n, c]; non-finite coordinates count as 0.
+        part: points in a cluster; n must be a multiple.
+        pinned: the first `pinned` points stay first, in their order (attention sinks).
+        valid: bool [n]; points that do not exist go last. All exist if None.
+    Returns:
+        int64 [..., n]: the point at each place of the new order.
+    """
+    n = x.shape[-2]
+    if part < 1 or n % part:
+        raise ValueError(f"part={part}: must be positive and divide the number of points {n}")
+    x = torch.where(x.isfinite(), x, 0.0)
+    index = torch.arange(n, device=x.device)
+    low, high = index < pinned, torch.zeros_like(index, dtype=torch.bool) if valid is None else ~valid
+    order = index.expand(*x.shape[:-2], n)
+    size = n
+    while size > part:
+        pieces = 2 if size // part % 2 == 0 else size // part
+        order = _sort_runs(x, order, size, low, high)
+        size //= pieces
+    return order
+
+
+def _sort_runs(x: Tensor, order: Tensor, size: int, low: Tensor, high: Tensor) -> Tensor:
+    """Sort every run of `size` points along the axis on which its free points extend furthest."""
+    runs = order.unflatten(-1, (-1, size))  # [..., runs, size]
+    points = x.gather(-2, order[..., None].expand(*order.shape, x.shape[-1])).unflatten(-2, (-1, size))
+    first, last = low[runs], high[runs]
+    bound = (first | last)[..., None]
+    extent = points.masked_fill(bound, NEG_INF).amax(-2) - points.masked_fill(bound, -NEG_INF).amin(-2)
+    axis = extent.argmax(-1)[..., None, None].expand(*runs.shape, 1)
+    along = points.gather(-1, axis)[..., 0].masked_fill(first, NEG_INF).masked_fill(last, -NEG_INF)
+    return runs.gather(-1, along.sort(dim=-1, stable=True).indices).flatten(-2)
+
+
+# -------------------------------------------------------------------------------------------------------------- moments
+
+
+def tilt(anchor: Tensor, k: Tensor, scale: float, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax of scale * a.k inside every leaf.
+
+    Args:
+        anchor: [..., A, D].
+        k: [..., J, m, D].
+        valid: bool [J, m], which keys exist; all if None.
+    Returns:
+        log mass [..., A, J] (-inf for an empty leaf) and weights p [..., A, J, m] (0 there).
+    """
+    logit = scale * (anchor @ k.flatten(-3, -2).mT).unflatten(-1, k.shape[-3:-1])
+    if valid is not None:
+        logit = logit.masked_fill(~valid, NEG_INF)
+    mass = logit.logsumexp(-1)
+    return mass, _exp_from(logit, mass[..., None])
+
+
+def _tilted_mean(p: Tensor, x: Tensor) -> Tensor:
+    """p [..., A, J, m], x [..., J, m, D] -> [..., A, J, D]."""
+    return (p.transpose(-3, -2) @ x).transpose(-3, -2)
+
+
+def moments(anchor: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor | None = None) -> Moments:
+    """Moments of every leaf about every anchor.
+
+    Args:
+        anchor: [..., A, D]; k, v: [..., J, m, D]; valid: bool [J, m], which keys exist; all if None.
+    Returns:
+        Moments of shapes [..., A, J] and [..., A, J, D]; an empty leaf has mass -inf and zeros elsewhere.
+    """
+    mass, p = tilt(anchor, k, scale, valid)
+    key = _tilted_mean(p, k)
+    square = _tilted_mean(p, k.square().sum(-1, keepdim=True))[..., 0]
+    return Moments(mass, key, _tilted_mean(p, v), (square - key.square().sum(-1)) / k.shape[-1])
+
+
+def moments_backward(
+    grad: Moments, anchor: Tensor, k: Tensor, v: Tensor, out: Moments, scale: float, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `moments` for k and v, given the gradients `grad` of its results `out`. Anchors are constants."""
+    mass, p = tilt(anchor, k, scale, valid)
+    d_square = (grad.trace / k.shape[-1])[..., None]  # [..., A, J, 1], for sum p |k|^2
+    d_key = grad.key - 2 * d_square * out.key  # |key|^2 is subtracted in the trace
+    square = k.square().sum(-1)  # [..., J, m]
+    mean_square = out.trace * k.shape[-1] + out.key.square().sum(-1)
+    constant = grad.mass - (d_key * out.key).sum(-1) - (grad.value * out.value).sum(-1) - d_square[..., 0] * mean_square
+    d_logit = p * (constant[..., None] + _dot_leaf(d_key, k) + _dot_leaf(grad.value, v)
+                   + d_square * square[..., None, :, :])
+    per_leaf = p.transpose(-3, -2).mT  # [..., J, m, A]
+    dk = scale * torch.einsum("...ajm,...ad->...jmd", d_logit, anchor) + per_leaf @ d_key.transpose(-3, -2)
+    dk = dk + 2 * k * (per_leaf @ d_square.transpose(-3, -2))
+    return dk, per_leaf @ grad.value.transpose(-3, -2)
+
+
+def _dot_leaf(x: Tensor, k: Tensor) -> Tensor:
+    """x [..., A, J, D], k [..., J, m, D] -> x.k [..., A, J, m]."""
+    return (x.transpose(-3, -2) @ k.mT).transpose(-3, -2)
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """Moments of the union of two leaves about the same anchors, exactly. All fields as in `Moments`, equal shapes."""
+    mass = torch.logaddexp(a.mass, b.mass)
+    wa, wb = _exp_from(a.mass, mass), _exp_from(b.mass, mass)
+    key = wa[..., None] * a.key + wb[..., None] * b.key
+    value = wa[..., None] * a.value + wb[..., None] * b.value
+    between = wa * wb * (a.key - b.key).square().sum(-1) / key.shape[-1]
+    return Moments(mass, key, value, wa * a.trace + wb * b.trace + between)
+
+
+# ------------------------------------------------------------------------------------------------------ opening leaves
+
+
+def open_leaves(
+    q: Tensor, anchor: Tensor, k: Tensor, seen: Tensor, scale: float, opened: int, sinks: int,
+    row_valid: Tensor, valid: Tensor | None = None,
+) -> Tensor:
+    """Choose the leaves every group of queries reads exactly: the sinks, and the `opened` others with most mass.
+
+    Mass is extrapolated from the anchor to the mean query of the group with the leaf's diagonal second moments, which
+    choose well but would be unstable inside the logits.
+
+    Args:
+        q: sorted query rows [..., U, g, D]; anchor: [..., A, D], anchor a serves groups a*U/A to (a+1)*U/A - 1.
+        k: [..., J, m, D] leaves; seen: bool [J], those in the far field of these queries. Leaves 0 to sinks-1 are sinks.
+        row_valid: bool [..., U, g], which rows exist; valid: bool [J, m], which keys exist.
+    Returns:
+        int64 [..., U, sinks + min(opened, J)]: leaf ids, all different; -1 where there is nothing left to open.
+    """
+    groups, count = q.shape[-3], k.shape[-3]
+    mass, p = tilt(anchor, k, scale, valid)
+    key = _tilted_mean(p, k)
+    variance = _tilted_mean(p, k.square()) - key.square()  # [..., A, J, D]
+    centre = mean_rows(q, row_valid).unflatten(-2, (anchor.shape[-2], -1))  # [..., A, U/A, D]
+    step = scale * (centre - anchor[..., None, :])
+    score = mass[..., None, :] + step @ key.mT + 0.5 * step.square() @ variance.mT  # [..., A, U/A, J]
+    candidate = seen & (torch.arange(count, device=q.device) >= sinks)
+    score = score.masked_fill(~candidate, NEG_INF).flatten(-3, -2)  # [..., U, J]
+    best, leaf = score.sort(dim=-1, descending=True, stable=True)
+    chosen = torch.where(best > NEG_INF, leaf, torch.where(best.isnan(), leaf, -1))[..., :min(opened, count)]
+    first = torch.arange(sinks, device=q.device)
+    first = torch.where(seen[first], first, -1).expand(*chosen.shape[:-1], sinks)
+    return torch.cat([first, chosen], -1)
+
+
+def mean_rows(q: Tensor, row_valid: Tensor) -> Tensor:
+    """Mean of the existing, finite rows of [..., g, D]; 0 where there is none. A NaN query must not reach others."""
+    use = (row_valid & q.isfinite().all(-1))[..., None]
+    return torch.where(use, q, 0.0).sum(-2) / use.sum(-2).clamp(min=1)
+
+
+def hidden_leaves(opened: Tensor, seen: Tensor) -> Tensor:
+    """Leaves a group must not see in its far field: opened [..., U, O], seen [J] -> bool [..., U, J]."""
+    count = seen.shape[-1]
+    marks = torch.zeros(*opened.shape[:-1], count + 1, dtype=torch.bool, device=opened.device)
+    marks.scatter_(-1, torch.where(opened < 0, count, opened), True)  # column J takes the empty slots
+    return marks[..., :count] | ~seen
+
+
+# --------------------------------------------------------------------------------------------------- partial softmaxes
+
+
+def near_field(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, pairs: Sequence[tuple[int, int, bool]], block: int
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of query blocks to key blocks.
+
+    Args:
+        q: [B, K, G, S, D]; k, v: [B, K, T, D]; the last block of either may be short.
+        pairs: (query block, key block, whether the pair is the causal diagonal), counted inside q and k.
+    Returns:
+        out [B, K, G, S, D] and lse [B, K, G, S]; 0 and -inf for queries that have no pair.
+    """
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], NEG_INF)
+    for rows, spans, logit in _near_logits(q, k, scale, pairs, block):
+        lse[..., rows] = logit.logsumexp(-1)
+        out[..., rows, :] = _exp_from(logit, lse[..., rows, None]) @ _read(v, spans)
+    return out, lse
+
+
+def near_field_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float,
+    pairs: Sequence[tuple[int, int, bool]], block: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) of `near_field`, with lse and delta [B, K, G, S] of the merged softmax."""
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, spans, logit in _near_logits(q, k, scale, pairs, block):
+        p = _exp_from(logit, lse[..., rows, None])
+        d_logit = p * (dout[..., rows, :] @ _read(v, spans).mT - delta[..., rows, None])
+        dq[..., rows, :] = scale * d_logit @ _read(k, spans)
+        sizes = [span.stop - span.start for span in spans]
+        for span, d_part, p_part in zip(spans, d_logit.split(sizes, -1), p.split(sizes, -1)):
+            dk[:, :, span] += scale * (d_part.mT @ q[..., rows, :]).sum(2)
+            dv[:, :, span] += (p_part.mT @ dout[..., rows, :]).sum(2)
+    return dq, dk, dv
+
+
+def _read(x: Tensor, spans: Sequence[slice]) -> Tensor:
+    """The tokens of some slices of [B, K, T, D], shared by the query heads: [B, K, 1, tokens, D]."""
+    return torch.cat([x[:, :, span] for span in spans], 2)[:, :, None]
+
+
+def _near_logits(
+    q: Tensor, k: Tensor, scale: float, pairs: Sequence[tuple[int, int, bool]], block: int
+) -> Iterator[tuple[slice, list[slice], Tensor]]:
+    """Yield (query slice, key slices, logits [B, K, G, queries, keys]) for every query block that has keys."""
+    by_query: dict[int, list[tuple[slice, bool]]] = {}
+    for i, j, diagonal in pairs:
+        span = slice(j * block, min((j + 1) * block, k.shape[-2]))
+        by_query.setdefault(i, []).append((span, diagonal))
+    for i, blocks in by_query.items():
+        rows = slice(i * block, min((i + 1) * block, q.shape[-2]))
+        spans = [span for span, _ in blocks]
+        logit = scale * q[..., rows, :] @ _read(k, spans).mT
+        at = 0
+        for span, diagonal in blocks:
+            part = logit[..., at:at + span.stop - span.start]
+            at += part.shape[-1]
+            if diagonal:
+                part.masked_fill_(torch.ones_like(part[0, 0, 0], dtype=torch.bool).triu(1), NEG_INF)
+        yield rows, spans, logit
+
+
+def far_field(
+    q: Tensor, anchor: Tensor, leaf: Moments, hidden: Tensor | None, scale: float, trace: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention of groups of query rows to the moments of leaves.
+
+    Args:
+        q: [..., U, g, D]; anchor: [..., A, D], anchor a serves groups a*U/A to (a+1)*U/A - 1.
+        leaf: moments about these anchors; hidden: bool [..., U, J], leaves a group leaves out; none if None.
+    Returns:
+        out [..., U, g, D] and lse [..., U, g]; 0 and -inf where every leaf is hidden or empty.
+    """
+    logit, _, _ = _far_logits(q, anchor, leaf, hidden, scale, trace)
+    lse = logit.logsumexp(-1)
+    out = _exp_from(logit, lse[..., None]) @ leaf.value
+    return out.flatten(-3, -2).unflatten(-2, q.shape[-3:-1]), lse.flatten(-2).unflatten(-1, q.shape[-3:-1])
+
+
+def far_field_backward(
+    dout: Tensor, q: Tensor, anchor: Tensor, leaf: Moments, hidden: Tensor | None, lse: Tensor, delta: Tensor,
+    scale: float, trace: bool,
+) -> tuple[Tensor, Moments]:
+    """Gradients of `far_field` for q and for the moments, with lse and delta [..., U, g] of the merged softmax."""
+    parts = anchor.shape[-2]
+    logit, step, square = _far_logits(q, anchor, leaf, hidden, scale, trace)  # [..., A, rows, J]
+    dout, lse, delta = (_by_part(x, parts) for x in (dout, lse[..., None], delta[..., None]))
+    p = _exp_from(logit, lse)
+    d_logit = p * (dout @ leaf.value.mT - delta)
+    dq = scale * d_logit @ leaf.key
+    d_trace = torch.zeros_like(leaf.trace)
+    if trace:
+        dq = dq + scale ** 2 * step * (d_logit @ leaf.trace[..., None])
+        d_trace = 0.5 * scale ** 2 * (d_logit * square).sum(-2)
+    grad = Moments(d_logit.sum(-2), scale * d_logit.mT @ step, p.mT @ dout, d_trace)
+    return dq.flatten(-3, -2).unflatten(-2, q.shape[-3:-1]), grad
+
+
+def _by_part(x: Tensor, parts: int) -> Tensor:
+    """Group rows [..., U, g, D] -> [..., A, U/A * g, D]."""
+    return x.flatten(-3, -2).unflatten(-2, (parts, -1))
+
+
+def _far_logits(
+    q: Tensor, anchor: Tensor, leaf: Moments, hidden: Tensor | None, scale: float, trace: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [..., A, rows, J], the steps q - a [..., A, rows, D] and their squared lengths [..., A, rows, 1]."""
+    parts = anchor.shape[-2]
+    step = _by_part(q, parts) - anchor[..., None, :]
+    square = step.square().sum(-1, keepdim=True)
+    logit = leaf.mass[..., None, :] + scale * step @ leaf.key.mT
+    if trace:
+        logit = logit + 0.5 * scale ** 2 * square * leaf.trace[..., None, :]
+    if hidden is not None:
+        logit = logit.masked_fill(_by_part(hidden[..., None, :].expand(*q.shape[:-1], -1), parts), NEG_INF)
+    return logit, step, square
+
+
+def opened_leaves(
+    q: Tensor, k: Tensor, v: Tensor, opened: Tensor, scale: float, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of groups of query rows to the leaves each has opened.
+
+    Args:
+        q: [..., U, g, D]; k, v: [..., J, m, D]; opened: int64 [..., U, O], -1 for an empty slot; valid: bool [J, m].
+    Returns:
+        out [..., U, g, D] and lse [..., U, g]; 0 and -inf for a group that opened nothing.
+    """
+    logit, _, values, _ = _opened_logits(q, k, v, opened, scale, valid)
+    lse = logit.logsumexp(-1)
+    return _exp_from(logit, lse[..., None]) @ values, lse
+
+
+def opened_leaves_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, opened: Tensor, lse: Tensor, delta: Tensor, scale: float,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) of `opened_leaves`, with lse and delta [..., U, g] of the merged softmax."""
+    logit, keys, values, index = _opened_logits(q, k, v, opened, scale, valid)
+    p = _exp_from(logit, lse[..., None])
+    d_logit = p * (dout @ values.mT - delta[..., None])
+    dk = _sum_to_leaves(scale * d_logit.mT @ q, index, k)
+    dv = _sum_to_leaves(p.mT @ dout, index, v)
+    return scale * d_logit @ keys, dk, dv
+
+
+def _opened_logits(
+    q: Tensor, k: Tensor, v: Tensor, opened: Tensor, scale: float, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits [..., U, g, O*m], the keys and values read [..., U, O*m, D], and leaf ids in flattened k [..., U, O]."""
+    size, leaves = k.shape[-2], k.shape[-3]
+    batch = torch.arange(k.shape[:-3].numel(), device=k.device).view(*k.shape[:-3], 1, 1)
+    exists = opened >= 0
+    index = opened.clamp(min=0) + batch * leaves
+    keys, values = (x.flatten(0, -3)[index].flatten(-3, -2) for x in (k, v))
+    read = exists[..., None].expand(*exists.shape, size)
+    if valid is not None:
+        read = read & valid[opened.clamp(min=0)]
+    logit = (scale * q @ keys.mT).masked_fill(~read.flatten(-2)[..., None, :], NEG_INF)
+    return logit, keys, values, index
+
+
+def _sum_to_leaves(grad: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """Add the gradients of the keys read [..., U, O*m, D] up per leaf: [..., J, m, D], in a fixed order."""
+    size, dim = like.shape[-2:]
+    grad, index = grad.reshape(-1, size, dim), index.flatten()
+    total = torch.zeros_like(like).flatten(0, -3)
+    if grad.is_cuda:  # index_add_ uses atomics there; index_put_ sorts first
+        total.index_put_((index,), grad, accumulate=True)
+    else:
+        total.index_add_(0, index, grad)
+    return total.view_as(like)
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join partial softmaxes over disjoint keys: (out [..., D], lse [...]) each -> out, lse of their union."""
+    lse = torch.stack([part_lse for _, part_lse in parts]).logsumexp(0)
+    out = sum(_exp_from(part_lse, lse)[..., None] * part for part, part_lse in parts)
+    assert isinstance(out, Tensor)
+    return out, lse
+
+
+def _exp_from(logit: Tensor, lse: Tensor) -> Tensor:
+    """exp(logit - lse), 0 where logit is -inf (also when the whole softmax is empty and lse is -inf)."""
+    return torch.where(logit == NEG_INF, 0.0, (logit - lse).exp())

@@ -1,0 +1,160 @@
+"""Multipole semantic attention on one device: the function users call, as two opaque operators of PyTorch."""
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import torch
+from torch import Tensor
+
+from muse_dist.checks import check_inputs
+from muse_dist.compute import backward, forward, near_forward
+from muse_dist.config import MuseConfig
+from muse_dist.layout import block_count
+from muse_dist.tree import Plan, has_far_field, make_plan
+
+
+def muse_attention(q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale: float | None = None) -> Tensor:
+    """Multipole semantic attention, differentiable in q, k and v.
+
+    Args:
+        q: [B, H, N, D] queries; k, v: [B, K, N, D] keys and values, K dividing H: query head h reads key/value head
+            h // (H / K). fp64, fp32, bf16 or fp16, any strides; sums and log-sum-exp are kept in fp32 or better.
+        config: see `MuseConfig`.
+        scale: factor of the dot products before the softmax; 1 / sqrt(D) if None.
+    Returns:
+        [B, H, N, D] in q's dtype (under autocast, in its dtype). Exact attention if N is at most (1 + halo) * block.
+    Raises:
+        ValueError or TypeError that names the argument and the fix.
+    """
+    scale = check_inputs(q, k, v, config, scale)
+    q, k, v = _autocast(q, k, v)
+    settings = _encode(config)
+    plan = torch.ops.muse_dist.plan(q.detach(), k.detach(), scale, settings)
+    return torch.ops.muse_dist.attend(q, k, v, *plan, scale, settings)[0]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan | None, config: MuseConfig, scale: float) -> Tensor:
+    """`muse_attention` with a given structure, as `muse_dist.tree.make_plan` returns it; None: there is no far field."""
+    scale = check_inputs(q, k, v, config, scale)
+    return torch.ops.muse_dist.attend(q, k, v, *(_empty_plan(q) if plan is None else plan), scale, _encode(config))[0]
+
+
+def near_only(q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale: float | None = None) -> Tensor:
+    """Attention to the own block and the halo alone, shapes as in `muse_attention`. Forward only: a baseline."""
+    scale = check_inputs(q, k, v, config, scale)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        return near_forward(*_working(q, k, v), scale, config)[0].reshape(q.shape).to(q.dtype)
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, what torch's own attention does: cast to its dtype; fp64 stays."""
+    kind = q.device.type
+    if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _working(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, K, G, N, D], k and v [B, K, N, D] in the dtype of the arithmetic."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype), v.to(dtype)
+
+
+def _encode(config: MuseConfig) -> str:
+    """Operators of PyTorch take numbers and strings, not dataclasses."""
+    return json.dumps(dataclasses.asdict(config))
+
+
+def _decode(settings: str) -> MuseConfig:
+    return MuseConfig(**json.loads(settings))
+
+
+def _empty_plan(q: Tensor) -> Plan:
+    empty = torch.empty(0, dtype=torch.int64, device=q.device)
+    return Plan(empty, empty.clone(), q.new_empty(0), empty.clone())
+
+
+def _plan_or_none(plan: Plan) -> Plan | None:
+    return plan if plan.key_order.numel() else None
+
+
+@torch.library.custom_op("muse_dist::plan", mutates_args=())
+def _plan_op(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The `Plan` of q [B, H, N, D] and k [B, K, N, D]; empty tensors where there is no far field."""
+    config = _decode(settings)
+    if not has_far_field(q.shape[2], config):
+        return tuple(_empty_plan(q))  # type: ignore[return-value]
+    with torch.autocast(q.device.type, enabled=False):
+        rows, keys, _ = _working(q, k, k)
+        plan = make_plan(rows, keys, config, scale)
+    # Any point near the queries serves as an anchor; in the inputs' dtype kernels and ranks can share it as it is.
+    return tuple(plan._replace(anchors=plan.anchors.to(q.dtype)))  # type: ignore[return-value]
+
+
+@_plan_op.register_fake
+def _(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    config = _decode(settings)
+    if not has_far_field(q.shape[2], config):
+        return tuple(_empty_plan(q))  # type: ignore[return-value]
+    lead = (q.shape[0], k.shape[1], block_count(q.shape[2], config.block))
+    rows = q.shape[1] // k.shape[1] * config.block
+    leaves = lead[2] * (config.block // config.leaf)
+    order = torch.empty(*lead, config.block, dtype=torch.int64, device=q.device)
+    opened = (*lead, rows // config.group, config.sinks + min(config.opened, leaves))
+    return (order, order.new_empty(*lead, rows), q.new_empty(*lead, config.anchors, q.shape[3]), order.new_empty(opened))
+
+
+@torch.library.custom_op("muse_dist::attend", mutates_args=())
+def _attend_op(
+    q: Tensor, k: Tensor, v: Tensor, key_order: Tensor, query_order: Tensor, anchors: Tensor, opened: Tensor,
+    scale: float, settings: str,
+) -> tuple[Tensor, Tensor]:
+    """Out [B, H, N, D] in q's dtype and lse [B, H, N] in the dtype of the arithmetic, for a structure."""
+    with torch.autocast(q.device.type, enabled=False):
+        rows, keys, values = _working(q, k, v)
+        plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
+        out, lse = forward(rows, keys, values, plan, scale, _decode(settings))
+    return out.reshape(q.shape).to(q.dtype), lse.reshape(q.shape[:3])
+
+
+@_attend_op.register_fake
+def _(q, k, v, key_order, query_order, anchors, opened, scale, settings):  # type: ignore[no-untyped-def]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+@torch.library.custom_op("muse_dist::attend_backward", mutates_args=())
+def _attend_backward_op(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_order: Tensor, query_order: Tensor,
+    anchors: Tensor, opened: Tensor, scale: float, settings: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q [B, H, N, D] and of k and v [B, K, N, D], given that of out."""
+    with torch.autocast(q.device.type, enabled=False):
+        rows, keys, values = _working(q, k, v)
+        dout, out = (x.to(rows.dtype).reshape(rows.shape) for x in (dout, out))
+        plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
+        dq, dk, dv = backward(dout, rows, keys, values, out, lse.reshape(rows.shape[:4]), plan, scale,
+                              _decode(settings))
+    return dq.reshape(q.shape).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@_attend_backward_op.register_fake
+def _(dout, q, k, v, out, lse, key_order, query_order, anchors, opened, scale, settings):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.scale, ctx.settings = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, dout, _):  # type: ignore[no-untyped-def]
+    q, k, v, *plan, out, lse = ctx.saved_tensors
+    grads = torch.ops.muse_dist.attend_backward(dout, q, k, v, out, lse, *plan, ctx.scale, ctx.settings)
+    return (*grads, None, None, None, None, None, None)
+
+
+_attend_op.register_autograd(_differentiate, setup_context=_save_for_backward)

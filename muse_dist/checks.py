@@ -1,0 +1,59 @@
+"""What a caller can get wrong, said before anything runs."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from muse_dist.config import MuseConfig
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: float | None) -> float:
+    """Check the arguments of `muse_attention` and return the softmax scale.
+
+    Raises:
+        ValueError or TypeError that names the argument and the fix. Values are not looked at: that would make a GPU wait.
+    """
+    if not isinstance(config, MuseConfig):
+        raise TypeError(f"config: must be a MuseConfig, not {type(config).__name__}; MuseConfig.from_dict makes one")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x, q)
+    batch, heads, tokens, dim = q.shape
+    if k.shape != v.shape:
+        raise ValueError(f"k {list(k.shape)} and v {list(v.shape)}: must have the same shape [B, K, N, D]")
+    for name, place, wanted in (("batch size", 0, batch), ("length", 2, tokens), ("head dim", 3, dim)):
+        if k.shape[place] != wanted:
+            raise ValueError(f"k and v: {name} {k.shape[place]} differs from q's {wanted}; "
+                             "q is [B, H, N, D], k and v are [B, K, N, D]")
+    if 0 in q.shape or k.shape[1] == 0:
+        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)}: must not be empty; skip the call for empty sequences")
+    if heads % k.shape[1]:
+        raise ValueError(f"q: {heads} heads are not divisible by the {k.shape[1]} heads of k and v; "
+                         "each key/value head serves the same number of query heads")
+    return _check_scale(scale, dim)
+
+
+def _check_tensor(name: str, x: Tensor, q: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: must be a tensor, not {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: must have 4 dimensions [batch, heads, tokens, head dim], not shape {list(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: dtype {x.dtype} is not supported; use float32, bfloat16, float16 or float64")
+    if x.device != q.device:
+        raise ValueError(f"{name}: is on {x.device} but q is on {q.device}; move them to one device")
+    if x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        raise TypeError(f"{name}: dtype {x.dtype} differs from q's {q.dtype}; cast them to one dtype")
+
+
+def _check_scale(scale: float | None, dim: int) -> float:
+    if scale is None:
+        return dim ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: must be a number or None, not {type(scale).__name__}")
+    if not math.isfinite(scale) or scale <= 0:
+        raise ValueError(f"scale={scale}: must be finite and positive; None means 1 / sqrt(head dim)")
+    return float(scale)

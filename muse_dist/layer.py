@@ -1,0 +1,26 @@
+"""The attention as a module, for models that hold their core attention as one."""
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from muse_dist.attention import muse_attention
+from muse_dist.config import MuseConfig
+
+
+class MuseAttention(nn.Module):
+    """Multipole semantic attention without parameters or state: put it where softmax(q k^T) v stood."""
+
+    def __init__(self, config: MuseConfig, scale: float | None = None) -> None:
+        """`config`: see `MuseConfig`; `scale`: factor of the dot products, 1 / sqrt(head dim) if None."""
+        super().__init__()
+        if not isinstance(config, MuseConfig):
+            raise TypeError(f"config: must be a MuseConfig, not {type(config).__name__}")
+        self.config = config
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, N, D], k and v [B, K, N, D] -> [B, H, N, D]; errors as in `muse_attention`."""
+        return muse_attention(q, k, v, config=self.config, scale=self.scale)
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, scale={self.scale}"
