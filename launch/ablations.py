@@ -1,0 +1,116 @@
+"""The method with parts of it left out: what each part is worth. Forward only, put together from the reference."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from muse_dist import MuseConfig, muse_attention
+from muse_dist.attention import near_only
+from muse_dist.compute import near_forward
+from muse_dist.kernels import reference
+from muse_dist.tree import (
+    arrange,
+    from_query_rows,
+    gather_rows,
+    has_far_field,
+    make_plan,
+    query_rows,
+    scatter_rows,
+    seen_leaves,
+)
+
+Far = Literal["none", "centroids", "tilted", "dipole"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One attention to try in a trained model: `function(q, k, v, config=config, scale=scale)`."""
+
+    name: str
+    about: str
+    config: MuseConfig
+    function: Callable[..., Tensor] = muse_attention
+
+
+def ladder(config: MuseConfig) -> list[Variant]:
+    """From the own block alone to the whole method with `config`, a part at a time; last, without semantic leaves."""
+    plain = dataclasses.replace(config, trace=False)
+    closed = dataclasses.replace(plain, opened=0)
+    full = dataclasses.replace(config, trace=True)
+    return [
+        Variant("own", "own block only", dataclasses.replace(closed, halo=0), near_only),
+        Variant("halo", "+ the halo blocks", closed, near_only),
+        Variant("sinks", "+ the sink leaves", closed, partial(ablated, far="none")),
+        Variant("centroids", "+ plain centroids of all far leaves", closed, partial(ablated, far="centroids")),
+        Variant("tilted", "tilted moments without the dipole instead", closed, partial(ablated, far="tilted")),
+        Variant("dipole", "+ the dipole", closed),
+        Variant("opened", "+ opened leaves", plain),
+        Variant("trace", "+ the trace: the whole method", full),
+        Variant("positional", "the same, clusters by position", full, partial(ablated, positional=True)),
+    ]
+
+
+@torch.no_grad()
+def ablated(
+    q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale: float | None = None, far: Far = "dipole",
+    positional: bool = False,
+) -> Tensor:
+    """`muse_attention` with parts left out; no gradients.
+
+    Args:
+        q: [B, H, N, D]; k, v: [B, K, N, D].
+        far: what queries see of the leaves they do not open. "none": nothing. "centroids": the mean key and value of
+            each leaf (moments about 0). "tilted": moments about the anchors, without the dipole term of the logit.
+            "dipole": all of it, with the trace where `config` says so.
+        positional: leaves are runs of consecutive tokens instead of semantic clusters.
+    Returns:
+        [B, H, N, D] in q's dtype.
+    """
+    if far not in get_args(Far):
+        raise ValueError(f"far={far!r}: must be one of {', '.join(get_args(Far))}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    rows, keys, values = q.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype), v.to(dtype)
+    near, near_lse = near_forward(rows, keys, values, scale, config)
+    if not has_far_field(q.shape[2], config):
+        return near.reshape(q.shape).to(q.dtype)
+    plan = make_plan(rows, keys, config, scale)
+    if positional:
+        plan = plan._replace(key_order=torch.arange(config.block, device=q.device).expand_as(plan.key_order))
+    blocks = arrange(rows, keys, values, plan, config)
+    out, lse = (gather_rows(query_rows(x, config.block), plan.query_order).unflatten(3, (-1, config.group))
+                for x in (near, near_lse[..., None]))
+    count = out.shape[2]
+    for i in range(count):
+        seen = seen_leaves(i, count, config, q.device)
+        if len(seen):
+            parts = _far_parts(blocks.q[:, :, i], plan.anchors[:, :, i], blocks.k[:, :, :len(seen)],
+                               blocks.v[:, :, :len(seen)], blocks.row_valid[:, :, i], blocks.key_valid[:len(seen)],
+                               seen, scale, config, far)
+            out[:, :, i], _ = reference.merge([(out[:, :, i], lse[:, :, i, ..., 0]), *parts])
+    out = scatter_rows(out.flatten(3, 4), plan.query_order)
+    return from_query_rows(out, rows.shape[2], q.shape[2]).reshape(q.shape).to(q.dtype)
+
+
+def _far_parts(
+    q: Tensor, anchor: Tensor, k: Tensor, v: Tensor, row_valid: Tensor, valid: Tensor, seen: Tensor, scale: float,
+    config: MuseConfig, far: Far,
+) -> list[tuple[Tensor, Tensor]]:
+    """Partial softmaxes of one query block, shapes as in `reference`: opened leaves, and moments of the others."""
+    opened = reference.open_leaves(q, k, seen, config.opened, config.sinks, scale, row_valid, valid)
+    parts = [reference.opened_leaves(q, k, v, opened, scale, valid)] if opened.shape[-1] else []
+    if far == "none":
+        return parts
+    if far == "centroids":
+        anchor = torch.zeros_like(anchor)
+    leaf = reference.moments(anchor, k, v, scale, valid)
+    if far == "tilted":
+        leaf = leaf._replace(key=torch.zeros_like(leaf.key))
+    hidden = reference.hidden_leaves(opened, seen)
+    return [*parts, reference.far_field(q, anchor, leaf, hidden, scale, config.trace)]
