@@ -17,6 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from muse_dist.kernels.clustering import bisect, principal_axes
+
+__all__ = [
+    "Moments", "bisect", "far_field", "far_field_backward", "hidden_leaves", "mean_rows", "merge", "merge_moments",
+    "moments", "moments_backward", "near_field", "near_field_backward", "open_leaves", "opened_leaves",
+    "opened_leaves_backward", "principal_axes", "tilt",
+]
+
+PROBES = 4  # query means a group chooses its opened leaves with; 1 opens worse leaves, 16 are little better than 4
 NEG_INF = float("-inf")
 
 
@@ -27,89 +36,6 @@ class Moments(NamedTuple):
     key: Tensor  # [..., A, J, D] mean key under p
     value: Tensor  # [..., A, J, D] mean value under p
     trace: Tensor  # [..., A, J] variance of the keys under p, averaged over the D directions
-
-
-# ---------------------------------------------------------------------------------------------------------- clustering
-
-
-def principal_axes(x: Tensor, valid: Tensor, count: int, iterations: int = 8) -> tuple[Tensor, Tensor]:
-    """Leading principal axes of point sets, by orthogonal iteration from a fixed start (no randomness, no host sync).
-
-    Args:
-        x: points [..., n, D], finite.
-        valid: bool [n], which points count.
-        count: number of axes c, at most D.
-    Returns:
-        axes [..., D, c], orthonormal columns (zero columns where the points have no extent left), and the standard
-        deviations of the points along them [..., c].
-    """
-    weight = valid.to(x.dtype)[:, None]
-    total = weight.sum().clamp(min=1)
-    centred = (x - (x * weight).sum(-2, keepdim=True) / total) * weight
-    centred = centred / centred.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    covariance = centred.mT @ centred / total
-    size = x.shape[-1]
-    grid = torch.arange(size, device=x.device, dtype=x.dtype)
-    axes = torch.cos((grid[:, None] + 0.5) * (grid[:count] + 0.5) * (torch.pi / size)).expand(*x.shape[:-2], -1, -1)
-    for _ in range(iterations):
-        axes = _orthonormal(covariance @ axes)
-    spread = (axes * (covariance @ axes)).sum(-2).clamp(min=0).sqrt()
-    return axes, spread
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    """Gram-Schmidt on the columns of [..., D, c]; a column that depends on the ones before it becomes zero."""
-    done: list[Tensor] = []
-    for column in columns.unbind(-1):
-        length = column.norm(dim=-1, keepdim=True)
-        for _ in range(2):  # twice is enough for orthogonality to rounding
-            for axis in done:
-                column = column - (axis * column).sum(-1, keepdim=True) * axis
-        rest = column.norm(dim=-1, keepdim=True)
-        independent = rest > length * (100 * torch.finfo(column.dtype).eps)
-        done.append(torch.where(independent, column / rest.clamp(min=torch.finfo(column.dtype).tiny), 0.0))
-    return torch.stack(done, -1)
-
-
-def bisect(x: Tensor, part: int, pinned: int = 0, valid: Tensor | None = None) -> Tensor:
-    """Order points so that consecutive runs of `part` points are clusters: a balanced k-d tree.
-
-    Every run is split at the median along its widest axis, again and again, until runs hold `part` points. If n / part
-    is an odd number times a power of two, the last split cuts that odd number of runs at once. Ties keep their order.
-
-    Args:
-        x: points [..., n, c]; non-finite coordinates count as 0.
-        part: points in a cluster; n must be a multiple.
-        pinned: the first `pinned` points stay first, in their order (attention sinks).
-        valid: bool [n]; points that do not exist go last. All exist if None.
-    Returns:
-        int64 [..., n]: the point at each place of the new order.
-    """
-    n = x.shape[-2]
-    if part < 1 or n % part:
-        raise ValueError(f"part={part}: must be positive and divide the number of points {n}")
-    x = torch.where(x.isfinite(), x, 0.0)
-    index = torch.arange(n, device=x.device)
-    low, high = index < pinned, torch.zeros_like(index, dtype=torch.bool) if valid is None else ~valid
-    order = index.expand(*x.shape[:-2], n)
-    size = n
-    while size > part:
-        pieces = 2 if size // part % 2 == 0 else size // part
-        order = _sort_runs(x, order, size, low, high)
-        size //= pieces
-    return order
-
-
-def _sort_runs(x: Tensor, order: Tensor, size: int, low: Tensor, high: Tensor) -> Tensor:
-    """Sort every run of `size` points along the axis on which its free points extend furthest."""
-    runs = order.unflatten(-1, (-1, size))  # [..., runs, size]
-    points = x.gather(-2, order[..., None].expand(*order.shape, x.shape[-1])).unflatten(-2, (-1, size))
-    first, last = low[runs], high[runs]
-    bound = (first | last)[..., None]
-    extent = points.masked_fill(bound, NEG_INF).amax(-2) - points.masked_fill(bound, -NEG_INF).amin(-2)
-    axis = extent.argmax(-1)[..., None, None].expand(*runs.shape, 1)
-    along = points.gather(-1, axis)[..., 0].masked_fill(first, NEG_INF).masked_fill(last, -NEG_INF)
-    return runs.gather(-1, along.sort(dim=-1, stable=True).indices).flatten(-2)
 
 
 # -------------------------------------------------------------------------------------------------------------- moments
@@ -146,9 +72,11 @@ def moments(anchor: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor | 
         Moments of shapes [..., A, J] and [..., A, J, D]; an empty leaf has mass -inf and zeros elsewhere.
     """
     mass, p = tilt(anchor, k, scale, valid)
-    key = _tilted_mean(p, k)
-    square = _tilted_mean(p, k.square().sum(-1, keepdim=True))[..., 0]
-    return Moments(mass, key, _tilted_mean(p, v), (square - key.square().sum(-1)) / k.shape[-1])
+    centre, offset = _from_centre(k, valid)
+    step = _tilted_mean(p, offset)
+    square = _tilted_mean(p, offset.square().sum(-1, keepdim=True))[..., 0]
+    key = (step + centre).masked_fill((mass == NEG_INF)[..., None], 0.0)
+    return Moments(mass, key, _tilted_mean(p, v), (square - step.square().sum(-1)) / k.shape[-1])
 
 
 def moments_backward(
@@ -156,17 +84,28 @@ def moments_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `moments` for k and v, given the gradients `grad` of its results `out`. Anchors are constants."""
     mass, p = tilt(anchor, k, scale, valid)
-    d_square = (grad.trace / k.shape[-1])[..., None]  # [..., A, J, 1], for sum p |k|^2
-    d_key = grad.key - 2 * d_square * out.key  # |key|^2 is subtracted in the trace
-    square = k.square().sum(-1)  # [..., J, m]
-    mean_square = out.trace * k.shape[-1] + out.key.square().sum(-1)
+    centre, offset = _from_centre(k, valid)
+    step = out.key - centre
+    d_square = (grad.trace / k.shape[-1])[..., None]  # [..., A, J, 1], for the mean square offset under p
+    d_key = grad.key - 2 * d_square * step
+    square = offset.square().sum(-1)[..., None, :, :]  # [..., 1, J, m]
+    mean_square = out.trace * k.shape[-1] + step.square().sum(-1)
     constant = grad.mass - (d_key * out.key).sum(-1) - (grad.value * out.value).sum(-1) - d_square[..., 0] * mean_square
-    d_logit = p * (constant[..., None] + _dot_leaf(d_key, k) + _dot_leaf(grad.value, v)
-                   + d_square * square[..., None, :, :])
+    d_logit = p * (constant[..., None] + _dot_leaf(d_key, k) + _dot_leaf(grad.value, v) + d_square * square)
     per_leaf = p.transpose(-3, -2).mT  # [..., J, m, A]
     dk = scale * torch.einsum("...ajm,...ad->...jmd", d_logit, anchor) + per_leaf @ d_key.transpose(-3, -2)
-    dk = dk + 2 * k * (per_leaf @ d_square.transpose(-3, -2))
+    dk = dk + 2 * offset * (per_leaf @ d_square.transpose(-3, -2))
     return dk, per_leaf @ grad.value.transpose(-3, -2)
+
+
+def _from_centre(k: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean key of every leaf [..., 1, J, D] and the keys minus it [..., J, m, D].
+
+    The trace is the same about any point; about this one its two terms do not cancel each other's digits.
+    """
+    exists = k.new_ones(k.shape[-3:-1]) if valid is None else valid.to(k.dtype)
+    centre = torch.where(exists[..., None] > 0, k, 0.0).sum(-2) / exists.sum(-1, keepdim=True).clamp(min=1)
+    return centre.unsqueeze(-3), k - centre[..., None, :]
 
 
 def _dot_leaf(x: Tensor, k: Tensor) -> Tensor:
@@ -188,32 +127,34 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def open_leaves(
-    q: Tensor, anchor: Tensor, k: Tensor, seen: Tensor, scale: float, opened: int, sinks: int,
-    row_valid: Tensor, valid: Tensor | None = None,
+    q: Tensor, k: Tensor, seen: Tensor, opened: int, sinks: int, scale: float, row_valid: Tensor,
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """Choose the leaves every group of queries reads exactly: the sinks, and the `opened` others with most mass.
+    """Choose the leaves every group of queries reads exactly: the sinks, and the `opened` others with most attention.
 
-    Mass is extrapolated from the anchor to the mean query of the group with the leaf's diagonal second moments, which
-    choose well but would be unstable inside the logits.
+    A few probes stand for a group, the means of equal runs of its rows. A leaf's score is the share of its exact mass
+    in the far field of a probe, added up over the probes. Shares, not masses: else the longest query would decide.
 
     Args:
-        q: sorted query rows [..., U, g, D]; anchor: [..., A, D], anchor a serves groups a*U/A to (a+1)*U/A - 1.
-        k: [..., J, m, D] leaves; seen: bool [J], those in the far field of these queries. Leaves 0 to sinks-1 are sinks.
-        row_valid: bool [..., U, g], which rows exist; valid: bool [J, m], which keys exist.
+        q: sorted query rows [..., U, g, D]; k: leaves [..., J, m, D], of which 0 to sinks-1 are the sinks.
+        seen: bool [J], leaves in the far field of these queries.
+        row_valid: bool [..., U, g], which rows exist; valid: bool [J, m], which keys exist (all if None).
     Returns:
         int64 [..., U, sinks + min(opened, J)]: leaf ids, all different; -1 where there is nothing left to open.
     """
-    groups, count = q.shape[-3], k.shape[-3]
-    mass, p = tilt(anchor, k, scale, valid)
-    key = _tilted_mean(p, k)
-    variance = _tilted_mean(p, k.square()) - key.square()  # [..., A, J, D]
-    centre = mean_rows(q, row_valid).unflatten(-2, (anchor.shape[-2], -1))  # [..., A, U/A, D]
-    step = scale * (centre - anchor[..., None, :])
-    score = mass[..., None, :] + step @ key.mT + 0.5 * step.square() @ variance.mT  # [..., A, U/A, J]
+    size, count = q.shape[-2], k.shape[-3]
+    runs = PROBES if size % PROBES == 0 else 1
+    row_valid = row_valid.unflatten(-1, (runs, -1))
+    probe = mean_rows(q.unflatten(-2, (runs, -1)), row_valid)  # [..., U, runs, D]
     candidate = seen & (torch.arange(count, device=q.device) >= sinks)
-    score = score.masked_fill(~candidate, NEG_INF).flatten(-3, -2)  # [..., U, J]
+    if valid is not None:
+        candidate = candidate & valid.any(-1)
+    mass, _ = tilt(probe.flatten(-3, -2), k, scale, valid)
+    share = mass.masked_fill(~candidate, NEG_INF).log_softmax(-1).unflatten(-2, probe.shape[-3:-1])
+    score = share.masked_fill(~row_valid.any(-1, keepdim=True), NEG_INF).logsumexp(-2)  # [..., U, J]
+    score = torch.where(candidate, score.nan_to_num(nan=torch.finfo(score.dtype).min), NEG_INF)
     best, leaf = score.sort(dim=-1, descending=True, stable=True)
-    chosen = torch.where(best > NEG_INF, leaf, torch.where(best.isnan(), leaf, -1))[..., :min(opened, count)]
+    chosen = torch.where(best > NEG_INF, leaf, -1)[..., :min(opened, count)]
     first = torch.arange(sinks, device=q.device)
     first = torch.where(seen[first], first, -1).expand(*chosen.shape[:-1], sinks)
     return torch.cat([first, chosen], -1)

@@ -1,9 +1,6 @@
 """Multipole semantic attention on one device: the function users call, as two opaque operators of PyTorch."""
 from __future__ import annotations
 
-import dataclasses
-import json
-
 import torch
 from torch import Tensor
 
@@ -29,7 +26,7 @@ def muse_attention(q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale
     """
     scale = check_inputs(q, k, v, config, scale)
     q, k, v = _autocast(q, k, v)
-    settings = _encode(config)
+    settings = config.encoded
     plan = torch.ops.muse_dist.plan(q.detach(), k.detach(), scale, settings)
     return torch.ops.muse_dist.attend(q, k, v, *plan, scale, settings)[0]
 
@@ -37,7 +34,7 @@ def muse_attention(q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan | None, config: MuseConfig, scale: float) -> Tensor:
     """`muse_attention` with a given structure, as `muse_dist.tree.make_plan` returns it; None: there is no far field."""
     scale = check_inputs(q, k, v, config, scale)
-    return torch.ops.muse_dist.attend(q, k, v, *(_empty_plan(q) if plan is None else plan), scale, _encode(config))[0]
+    return torch.ops.muse_dist.attend(q, k, v, *(_empty_plan(q) if plan is None else plan), scale, config.encoded)[0]
 
 
 def near_only(q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale: float | None = None) -> Tensor:
@@ -62,15 +59,6 @@ def _working(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype), v.to(dtype)
 
 
-def _encode(config: MuseConfig) -> str:
-    """Operators of PyTorch take numbers and strings, not dataclasses."""
-    return json.dumps(dataclasses.asdict(config))
-
-
-def _decode(settings: str) -> MuseConfig:
-    return MuseConfig(**json.loads(settings))
-
-
 def _empty_plan(q: Tensor) -> Plan:
     empty = torch.empty(0, dtype=torch.int64, device=q.device)
     return Plan(empty, empty.clone(), q.new_empty(0), empty.clone())
@@ -83,7 +71,7 @@ def _plan_or_none(plan: Plan) -> Plan | None:
 @torch.library.custom_op("muse_dist::plan", mutates_args=())
 def _plan_op(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The `Plan` of q [B, H, N, D] and k [B, K, N, D]; empty tensors where there is no far field."""
-    config = _decode(settings)
+    config = MuseConfig.decode(settings)
     if not has_far_field(q.shape[2], config):
         return tuple(_empty_plan(q))  # type: ignore[return-value]
     with torch.autocast(q.device.type, enabled=False):
@@ -95,7 +83,7 @@ def _plan_op(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor,
 
 @_plan_op.register_fake
 def _(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    config = _decode(settings)
+    config = MuseConfig.decode(settings)
     if not has_far_field(q.shape[2], config):
         return tuple(_empty_plan(q))  # type: ignore[return-value]
     lead = (q.shape[0], k.shape[1], block_count(q.shape[2], config.block))
@@ -115,8 +103,8 @@ def _attend_op(
     with torch.autocast(q.device.type, enabled=False):
         rows, keys, values = _working(q, k, v)
         plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
-        out, lse = forward(rows, keys, values, plan, scale, _decode(settings))
-    return out.reshape(q.shape).to(q.dtype), lse.reshape(q.shape[:3])
+        out, lse = forward(rows, keys, values, plan, scale, MuseConfig.decode(settings))
+    return out.reshape(q.shape).to(q.dtype).contiguous(), lse.reshape(q.shape[:3]).contiguous()
 
 
 @_attend_op.register_fake
@@ -136,8 +124,8 @@ def _attend_backward_op(
         dout, out = (x.to(rows.dtype).reshape(rows.shape) for x in (dout, out))
         plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
         dq, dk, dv = backward(dout, rows, keys, values, out, lse.reshape(rows.shape[:4]), plan, scale,
-                              _decode(settings))
-    return dq.reshape(q.shape).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+                              MuseConfig.decode(settings))
+    return dq.reshape(q.shape).to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
 @_attend_backward_op.register_fake

@@ -99,7 +99,8 @@ def _far_backward(
     ops = kernels_for(config, q.device)
     blocks = arrange(q, k, v, plan, config)
     dout, lse, delta = (_grouped(x, plan, config) for x in (dout, lse[..., None], delta[..., None]))
-    lse, delta = lse[..., 0], delta[..., 0]
+    # Rows that do not exist get no weight, whatever their logits: exp(logit - inf) = 0.
+    lse, delta = lse[..., 0].masked_fill(~blocks.row_valid, torch.inf), delta[..., 0]
     dq, dk, dv = torch.zeros_like(blocks.q), torch.zeros_like(blocks.k), torch.zeros_like(blocks.v)
     for far in _far_blocks(blocks, plan, config):
         rows = dout[:, :, far.index], lse[:, :, far.index], delta[:, :, far.index]

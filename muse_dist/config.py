@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,10 +87,17 @@ class MuseConfig:
         for name, allowed in (("exchange", get_args(Exchange)), ("backend", get_args(Backend))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, allowed))}")
+        # Operators of PyTorch take numbers and strings; made here because torch.compile cannot trace json.
+        object.__setattr__(self, "encoded", json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def decode(cls, encoded: str) -> MuseConfig:
+        """The configuration whose `encoded` this is."""
+        return cls(**json.loads(encoded))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MuseConfig:
-        """Build from a mapping of field names; `preset` names a preset to start from. Unknown keys raise `ValueError`."""
+        """Build from a mapping of field names; `preset` names a preset to start from. Unknown keys are refused."""
         values = dict(values)
         preset = values.pop("preset", None)
         known = [f.name for f in dataclasses.fields(cls)]
@@ -107,14 +115,17 @@ class MuseConfig:
         """Read a TOML file: its `[muse]` table if there is one, else its top level."""
         with open(path, "rb") as file:
             values = _toml().load(file)
-        return cls.from_dict(values.get("muse", values))
+        table = values.get("muse", values)
+        if not isinstance(table, dict):
+            raise TypeError(f"{path}: muse must be a table [muse], not {type(table).__name__}")
+        return cls.from_dict(table)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MuseConfig:
         """The preset called `name` ('paper', 'fast' or 'accurate') with some fields changed."""
         presets = {"paper": cls.paper, "fast": cls.fast, "accurate": cls.accurate}
-        if name not in presets:
-            raise ValueError(f"unknown preset {name!r}; take one of {', '.join(presets)}")
+        if not isinstance(name, str) or name not in presets:
+            raise ValueError(f"preset={name!r}: unknown; take one of {', '.join(presets)}")
         return presets[name](**changes)
 
     @classmethod

@@ -84,38 +84,39 @@ def make_plan(q: Tensor, k: Tensor, config: MuseConfig, scale: float) -> Plan:
     Returns:
         a Plan; without randomness, and bitwise the same for the same input.
     """
-    key_blocks, rows = to_blocks(k, config.block), query_rows(q, config.block)
+    rows = query_rows(q, config.block)
     valid = token_valid(k.shape[2], config.block, k.device)
-    orders = [_order_block(rows[:, :, i], key_blocks[:, :, i], valid[i], config, config.sinks if i == 0 else 0)
-              for i in range(len(valid))]
-    key_order, query_order = (torch.stack(order, 2) for order in zip(*orders))
+    key_order, query_order = _orders(rows, to_blocks(k, config.block), valid, config)
     row_valid = _row_valid(valid, query_order)
     anchors = reference.mean_rows(
         gather_rows(rows, query_order).unflatten(3, (config.anchors, -1)), row_valid.unflatten(3, (config.anchors, -1)))
     plan = Plan(key_order, query_order, anchors, query_order.new_empty(0))
-    return plan._replace(opened=_open(arrange(q, k, None, plan, config), plan, config, scale))
+    return plan._replace(opened=_open(arrange(q, k, None, plan, config), config, scale))
 
 
-def _order_block(
-    rows: Tensor, keys: Tensor, valid: Tensor, config: MuseConfig, sinks: int
-) -> tuple[Tensor, Tensor]:
-    """Orders of one block's keys [B, K, b, D] and query rows [B, K, G * b, D].
+def _orders(rows: Tensor, keys: Tensor, valid: Tensor, config: MuseConfig) -> tuple[Tensor, Tensor]:
+    """Orders of the keys [B, K, n, b, D] and the query rows [B, K, n, G * b, D] of every block.
 
     Both trees split along the principal axes of the keys. Queries are measured in units of what they do to the logits,
     the spread of the keys along each axis, and by direction only: that is what decides which leaves matter to them.
     """
     finite = torch.where(keys.isfinite(), keys, 0.0)
     axes, spread = reference.principal_axes(finite, valid, min(AXES, keys.shape[-1]))
-    key_order = reference.bisect(finite @ axes, config.leaf, sinks * config.leaf, valid)
+    points = finite @ axes
+    first = reference.bisect(points[:, :, :1], config.leaf, config.sinks * config.leaf, valid[:1])
+    key_order = torch.cat([first, reference.bisect(points[:, :, 1:], config.leaf, 0, valid[1:])], 2)
     direction = F.normalize((rows @ axes) * spread[..., None, :], dim=-1)
-    heads = rows.shape[2] // keys.shape[2]
-    return key_order, reference.bisect(direction, config.group, 0, valid.repeat(heads))
+    return key_order, reference.bisect(direction, config.group, 0, _per_row(valid, rows.shape[3]))
+
+
+def _per_row(valid: Tensor, rows: int) -> Tensor:
+    """valid [n, b] for the pooled rows of a block: [n, G * b]."""
+    return valid.repeat(1, rows // valid.shape[-1])
 
 
 def _row_valid(valid: Tensor, query_order: Tensor) -> Tensor:
     """valid [n, b] in the query order [B, K, n, G * b]."""
-    heads = query_order.shape[-1] // valid.shape[-1]
-    return valid.repeat(1, heads).expand_as(query_order).gather(-1, query_order)
+    return _per_row(valid, query_order.shape[-1]).expand_as(query_order).gather(-1, query_order)
 
 
 def arrange(q: Tensor, k: Tensor, v: Tensor | None, plan: Plan, config: MuseConfig) -> Blocks:
@@ -135,16 +136,17 @@ def seen_leaves(query_block: int, blocks: int, config: MuseConfig, device: torch
     return torch.tensor(far[:last], dtype=torch.bool, device=device).repeat_interleave(config.block // config.leaf)
 
 
-def _open(blocks: Blocks, plan: Plan, config: MuseConfig, scale: float) -> Tensor:
+def _open(blocks: Blocks, config: MuseConfig, scale: float) -> Tensor:
     """Opened leaves of every query block: int64 [B, K, n, U, O]."""
     count, leaves = blocks.q.shape[2], blocks.k.shape[2]
-    opened = plan.key_order.new_full((*blocks.q.shape[:4], config.sinks + min(config.opened, leaves)), -1)
+    shape = (*blocks.q.shape[:4], config.sinks + min(config.opened, leaves))
+    opened = torch.full(shape, -1, dtype=torch.int64, device=blocks.q.device)
     for i in range(count):
         seen = seen_leaves(i, count, config, blocks.q.device)
         here = len(seen)
         if here:
             chosen = reference.open_leaves(
-                blocks.q[:, :, i], plan.anchors[:, :, i], blocks.k[:, :, :here], seen, scale, config.opened,
-                config.sinks, blocks.row_valid[:, :, i], blocks.key_valid[:here])
+                blocks.q[:, :, i], blocks.k[:, :, :here], seen, config.opened, config.sinks, scale,
+                blocks.row_valid[:, :, i], blocks.key_valid[:here])
             opened[:, :, i, :, :chosen.shape[-1]] = chosen
     return opened
