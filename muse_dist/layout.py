@@ -1,9 +1,20 @@
-"""Index arithmetic of blocks: which are read exactly, which are seen as leaves. Kernels never see any of it."""
+"""Index arithmetic: which blocks are read exactly or seen as leaves, and which rank holds what. Kernels see none of it.
+
+A sequence of N tokens is cut into blocks. Context-parallel ranks hold contiguous chunks, each a whole number of blocks:
+one chunk a rank ("contiguous"), or chunks r and 2P-1-r of 2P ("zigzag", which balances causal work).
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
 
 from muse_dist.config import MuseConfig
+
+LayoutName = Literal["contiguous", "zigzag"]
 
 
 def block_count(tokens: int, block: int) -> int:
@@ -31,3 +42,95 @@ def near_pairs(queries: Sequence[int], keys: Sequence[int], config: MuseConfig) 
     """
     return [(i, j, config.causal and query == key)
             for i, query in enumerate(queries) for j, key in enumerate(keys) if is_near(query, key, config)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who holds which tokens of a sequence of `tokens` tokens (all ranks together).
+
+    Raises:
+        ValueError that names the argument and the fix, if the tokens do not divide into whole blocks a chunk.
+    """
+
+    name: LayoutName
+    ranks: int
+    tokens: int
+    block: int
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(LayoutName):
+            raise ValueError(f"layout={self.name!r}: must be one of {', '.join(map(repr, get_args(LayoutName)))}")
+        whole = self.chunks * self.block
+        if self.ranks < 1 or self.tokens < 1 or self.tokens % whole:
+            raise ValueError(
+                f"q: {self.tokens} tokens over {self.ranks} ranks do not make whole blocks of {self.block} in "
+                f"{self.chunks} {self.name} chunks; use a multiple of {whole} tokens, or a smaller block")
+
+    @property
+    def chunks_per_rank(self) -> int:
+        return 2 if self.name == "zigzag" else 1
+
+    @property
+    def chunks(self) -> int:
+        return self.ranks * self.chunks_per_rank
+
+    @property
+    def chunk_blocks(self) -> int:
+        """Blocks in a chunk."""
+        return self.tokens // self.chunks // self.block
+
+    def chunks_of(self, rank: int) -> list[int]:
+        """Chunks a rank holds, in the order it holds them."""
+        return [rank, self.chunks - 1 - rank] if self.name == "zigzag" else [rank]
+
+    def owner(self, chunk: int) -> int:
+        """The rank that holds a chunk."""
+        return min(chunk, self.chunks - 1 - chunk) if self.name == "zigzag" else chunk
+
+    def blocks_of_chunk(self, chunk: int) -> list[int]:
+        return list(range(chunk * self.chunk_blocks, (chunk + 1) * self.chunk_blocks))
+
+    def blocks_of(self, rank: int) -> list[int]:
+        """Blocks a rank holds, in the order it holds them."""
+        return [block for chunk in self.chunks_of(rank) for block in self.blocks_of_chunk(chunk)]
+
+    def block_owner(self, block: int) -> int:
+        """The rank that holds a block."""
+        return self.owner(block // self.chunk_blocks)
+
+    def positions(self, rank: int) -> Tensor:
+        """int64 [N / P]: the place in the sequence of every token a rank holds."""
+        starts = torch.tensor(self.blocks_of(rank))[:, None] * self.block
+        return (starts + torch.arange(self.block)).flatten()
+
+    def shard(self, x: Tensor, rank: int, dim: int) -> Tensor:
+        """The part of a full tensor that a rank holds, along dimension `dim` of length N."""
+        return x.index_select(dim, self.positions(rank).to(x.device))
+
+    def join(self, shards: Sequence[Tensor], dim: int) -> Tensor:
+        """The full tensor from the parts of all ranks, in rank order: the inverse of `shard`."""
+        places = torch.cat([self.positions(rank) for rank in range(self.ranks)])
+        return torch.cat(list(shards), dim).index_select(dim, places.argsort().to(shards[0].device))
+
+
+def halo_blocks(layout: Layout, rank: int, config: MuseConfig) -> list[int]:
+    """Blocks other ranks hold that some block of this rank reads exactly, in the order of the sequence."""
+    mine = layout.blocks_of(rank)
+    return [j for j in range(layout.chunks * layout.chunk_blocks)
+            if j not in set(mine) and any(is_near(i, j, config) for i in mine)]
+
+
+def needs_sinks(layout: Layout, rank: int, config: MuseConfig) -> bool:
+    """Whether a rank reads the sinks without holding them."""
+    mine = layout.blocks_of(rank)
+    return config.sinks > 0 and 0 not in mine and any(is_far(i, 0, config) for i in mine)
+
+
+def chunk_pairs(layout: Layout, source: int, target: int, config: MuseConfig) -> list[tuple[int, int]]:
+    """(chunk of `source`, chunk of `target`) for all moments that rank `source` sends rank `target`, in order.
+
+    A pair of chunks that are near in every block has no far field between them and is left out.
+    """
+    return [(mine, theirs) for theirs in layout.chunks_of(target) for mine in sorted(layout.chunks_of(source))
+            if source != target and any(is_far(i, j, config) for i in layout.blocks_of_chunk(theirs)
+                                        for j in layout.blocks_of_chunk(mine))]

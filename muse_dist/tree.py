@@ -4,6 +4,7 @@ It is computed from q and k, holds for one forward and backward, and is a consta
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,17 +85,31 @@ def make_plan(q: Tensor, k: Tensor, config: MuseConfig, scale: float) -> Plan:
     Returns:
         a Plan; without randomness, and bitwise the same for the same input.
     """
+    plan = order_blocks(q, k, config, config.leaf, True)
+    blocks = range(block_count(k.shape[2], config.block))
+    return plan._replace(opened=open_blocks(arrange(q, k, None, plan, config), blocks, blocks, config, scale))
+
+
+def order_blocks(q: Tensor, k: Tensor, config: MuseConfig, part: int, first: bool) -> Plan:
+    """The orders and anchors of blocks, each from its own queries and keys; `opened` is left empty.
+
+    Args:
+        q: [B, K, G, S, D]; k: [B, K, S, D].
+        part: keys in the finest leaves wanted; coarser ones are runs of them.
+        first: whether the first block is the first of the sequence, where the sinks are.
+    """
     rows = query_rows(q, config.block)
     valid = token_valid(k.shape[2], config.block, k.device)
-    key_order, query_order = _orders(rows, to_blocks(k, config.block), valid, config)
+    key_order, query_order = _orders(rows, to_blocks(k, config.block), valid, config, part, first)
     row_valid = _row_valid(valid, query_order)
     anchors = reference.mean_rows(
         gather_rows(rows, query_order).unflatten(3, (config.anchors, -1)), row_valid.unflatten(3, (config.anchors, -1)))
-    plan = Plan(key_order, query_order, anchors, query_order.new_empty(0))
-    return plan._replace(opened=_open(arrange(q, k, None, plan, config), config, scale))
+    return Plan(key_order, query_order, anchors, query_order.new_empty(0))
 
 
-def _orders(rows: Tensor, keys: Tensor, valid: Tensor, config: MuseConfig) -> tuple[Tensor, Tensor]:
+def _orders(
+    rows: Tensor, keys: Tensor, valid: Tensor, config: MuseConfig, part: int, first: bool
+) -> tuple[Tensor, Tensor]:
     """Orders of the keys [B, K, n, b, D] and the query rows [B, K, n, G * b, D] of every block.
 
     Both trees split along the principal axes of the keys. Queries are measured in units of what they do to the logits,
@@ -103,8 +118,9 @@ def _orders(rows: Tensor, keys: Tensor, valid: Tensor, config: MuseConfig) -> tu
     finite = torch.where(keys.isfinite(), keys, 0.0)
     axes, spread = reference.principal_axes(finite, valid, min(AXES, keys.shape[-1]))
     points = finite @ axes
-    first = reference.bisect(points[:, :, :1], config.leaf, config.sinks * config.leaf, valid[:1])
-    key_order = torch.cat([first, reference.bisect(points[:, :, 1:], config.leaf, 0, valid[1:])], 2)
+    pinned = config.sinks * config.leaf if first else 0
+    head = reference.bisect(points[:, :, :1], part, pinned, valid[:1])
+    key_order = torch.cat([head, reference.bisect(points[:, :, 1:], part, 0, valid[1:])], 2)
     direction = F.normalize((rows @ axes) * spread[..., None, :], dim=-1)
     return key_order, reference.bisect(direction, config.group, 0, _per_row(valid, rows.shape[3]))
 
@@ -120,33 +136,49 @@ def _row_valid(valid: Tensor, query_order: Tensor) -> Tensor:
 
 
 def arrange(q: Tensor, k: Tensor, v: Tensor | None, plan: Plan, config: MuseConfig) -> Blocks:
-    """q [B, K, G, N, D] and k, v [B, K, N, D] in the order of a plan; v is k where it is None."""
-    valid = token_valid(k.shape[2], config.block, k.device)
+    """q [B, K, G, S, D] and k, v [B, K, T, D] in the order of a plan; v is k where it is None."""
     rows = gather_rows(query_rows(q, config.block), plan.query_order).unflatten(3, (-1, config.group))
-    leaves = [gather_rows(to_blocks(x, config.block), plan.key_order).flatten(2, 3).unflatten(2, (-1, config.leaf))
-              for x in (k, k if v is None else v)]
-    row_valid = _row_valid(valid, plan.query_order).unflatten(3, (-1, config.group))
-    return Blocks(rows, leaves[0], leaves[1], row_valid, valid.view(-1, config.leaf))
+    row_valid = _row_valid(token_valid(q.shape[3], config.block, q.device), plan.query_order)
+    keys = to_leaves(k, plan, config.leaf)
+    values = keys if v is None else to_leaves(v, plan, config.leaf)
+    key_valid = token_valid(k.shape[2], config.block, k.device).view(-1, config.leaf)
+    return Blocks(rows, keys, values, row_valid.unflatten(3, (-1, config.group)), key_valid)
 
 
-def seen_leaves(query_block: int, blocks: int, config: MuseConfig, device: torch.device) -> Tensor:
-    """bool [J]: leaves of the first `blocks` blocks that are far from a query block, up to the last such leaf."""
-    far = [is_far(query_block, j, config) for j in range(blocks)]
-    last = max((j + 1 for j, seen in enumerate(far) if seen), default=0)
-    return torch.tensor(far[:last], dtype=torch.bool, device=device).repeat_interleave(config.block // config.leaf)
+def to_leaves(x: Tensor, plan: Plan, leaf: int) -> Tensor:
+    """[B, K, T, D] -> [B, K, J, leaf, D]: runs of `leaf` keys of every block in the order of a plan."""
+    return gather_rows(to_blocks(x, plan.key_order.shape[3]), plan.key_order).flatten(2, 3).unflatten(2, (-1, leaf))
 
 
-def _open(blocks: Blocks, config: MuseConfig, scale: float) -> Tensor:
-    """Opened leaves of every query block: int64 [B, K, n, U, O]."""
-    count, leaves = blocks.q.shape[2], blocks.k.shape[2]
+def from_leaves(x: Tensor, plan: Plan, tokens: int) -> Tensor:
+    """The inverse of `to_leaves`: [B, K, J, leaf, D] -> [B, K, tokens, D]."""
+    sorted_blocks = x.flatten(2, 3).unflatten(2, plan.key_order.shape[2:])
+    return scatter_rows(sorted_blocks, plan.key_order).flatten(2, 3)[:, :, :tokens]
+
+
+def seen_leaves(
+    query_block: int, key_blocks: Sequence[int], config: MuseConfig, per_block: int, device: torch.device
+) -> Tensor:
+    """bool [J]: leaves of key blocks that are far from a query block, `per_block` a block, up to the last such leaf."""
+    far = [is_far(query_block, j, config) for j in key_blocks]
+    last = max((place + 1 for place, seen in enumerate(far) if seen), default=0)
+    return torch.tensor(far[:last], dtype=torch.bool, device=device).repeat_interleave(per_block)
+
+
+def open_blocks(
+    blocks: Blocks, query_blocks: Sequence[int], key_blocks: Sequence[int], config: MuseConfig, scale: float
+) -> Tensor:
+    """Opened leaves of every query block: int64 [B, K, n, U, O], counted among the leaves of `blocks.k`."""
+    leaves, device = blocks.k.shape[2], blocks.q.device
     shape = (*blocks.q.shape[:4], config.sinks + min(config.opened, leaves))
-    opened = torch.full(shape, -1, dtype=torch.int64, device=blocks.q.device)
-    for i in range(count):
-        seen = seen_leaves(i, count, config, blocks.q.device)
+    opened = torch.full(shape, -1, dtype=torch.int64, device=device)
+    sinks = config.sinks if key_blocks[0] == 0 else 0
+    for i, block in enumerate(query_blocks):
+        seen = seen_leaves(block, key_blocks, config, config.block // config.leaf, device)
         here = len(seen)
         if here:
             chosen = reference.open_leaves(
-                blocks.q[:, :, i], blocks.k[:, :, :here], seen, config.opened, config.sinks, scale,
+                blocks.q[:, :, i], blocks.k[:, :, :here], seen, config.opened, sinks, scale,
                 blocks.row_valid[:, :, i], blocks.key_valid[:here])
             opened[:, :, i, :, :chosen.shape[-1]] = chosen
     return opened
