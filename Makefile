@@ -1,0 +1,29 @@
+# make run: train the small example; make test: lint and the whole test suite. Both install into .venv first.
+PYTHON ?= python3
+CONFIG ?= configs/tiny.toml
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: run test lint clean
+
+run: $(STAMP)
+	$(BIN)/python -m launch.train --config $(CONFIG)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Installed again only when what is to be installed has changed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'Python 3.10 or newer is needed: make PYTHON=python3.11 ...' >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+		{ echo 'Python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[launch,huggingface,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
