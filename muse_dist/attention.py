@@ -1,17 +1,22 @@
-"""Multipole semantic attention on one device: the function users call, as two opaque operators of PyTorch."""
+"""Multipole semantic attention: the function users call. On one device it is two opaque operators of PyTorch."""
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from muse_dist.checks import check_inputs
-from muse_dist.compute import backward, forward, near_forward
+from muse_dist.comm import ByteCounter, Communicator, ProcessGroup
+from muse_dist.compute import backward, forward, near_forward, working
 from muse_dist.config import MuseConfig
-from muse_dist.layout import block_count
+from muse_dist.layout import LayoutName, block_count
+from muse_dist.parallel import ParallelAttention, make_shard
 from muse_dist.tree import Plan, has_far_field, make_plan
 
 
-def muse_attention(q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale: float | None = None) -> Tensor:
+def muse_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale: float | None = None,
+    group: ProcessGroup | None = None, layout: LayoutName = "contiguous", counter: ByteCounter | None = None,
+) -> Tensor:
     """Multipole semantic attention, differentiable in q, k and v.
 
     Args:
@@ -19,16 +24,45 @@ def muse_attention(q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale
             h // (H / K). fp64, fp32, bf16 or fp16, any strides; sums and log-sum-exp are kept in fp32 or better.
         config: see `MuseConfig`.
         scale: factor of the dot products before the softmax; 1 / sqrt(D) if None.
+        group: ranks that share the sequence; q, k and v then are this rank's N / P tokens, a whole number of blocks
+            a chunk. Every rank of the group must call, with equal shapes and settings. None: one device.
+        layout: which tokens a rank holds: "contiguous" chunk r of P, or "zigzag" chunks r and 2P-1-r of 2P.
+        counter: adds up the bytes this rank receives, forward and backward, if given.
     Returns:
         [B, H, N, D] in q's dtype (under autocast, in its dtype). Exact attention if N is at most (1 + halo) * block.
     Raises:
-        ValueError or TypeError that names the argument and the fix.
+        ValueError or TypeError that names the argument and the fix, on every rank of the group if it is wrong on any.
+        RuntimeError that names the pending exchange if a rank dies or the group's timeout passes.
     """
+    if group is not None:
+        return _parallel(q, k, v, config, scale, group, layout, counter)
     scale = check_inputs(q, k, v, config, scale)
     q, k, v = _autocast(q, k, v)
+    return _one_device(q, k, v, config, scale)
+
+
+def _one_device(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: float) -> Tensor:
     settings = config.encoded
     plan = torch.ops.muse_dist.plan(q.detach(), k.detach(), scale, settings)
     return torch.ops.muse_dist.attend(q, k, v, *plan, scale, settings)[0]
+
+
+@torch.compiler.disable
+def _parallel(
+    q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: float | None, group: ProcessGroup, layout: LayoutName,
+    counter: ByteCounter | None,
+) -> Tensor:
+    """`muse_attention` on a rank's shard. Exchanges have an order that compilers must not change."""
+    comm, problem, number = Communicator(group, counter), None, 1.0
+    try:
+        number = check_inputs(q, k, v, config, scale)
+        q, k, v = _autocast(q, k, v)
+    except (ValueError, TypeError) as error:
+        problem = str(error)
+    shard = make_shard(q, k, config, number, comm, layout, problem)
+    if comm.size == 1:
+        return _one_device(q, k, v, config, number)
+    return ParallelAttention.apply(q, k, v, shard)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan | None, config: MuseConfig, scale: float) -> Tensor:
@@ -41,7 +75,7 @@ def near_only(q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale: flo
     """Attention to the own block and the halo alone, shapes as in `muse_attention`. Forward only: a baseline."""
     scale = check_inputs(q, k, v, config, scale)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        return near_forward(*_working(q, k, v), scale, config)[0].reshape(q.shape).to(q.dtype)
+        return near_forward(*working(q, k, v), scale, config)[0].reshape(q.shape).to(q.dtype)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,12 +85,6 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def _working(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, K, G, N, D], k and v [B, K, N, D] in the dtype of the arithmetic."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype), v.to(dtype)
 
 
 def _empty_plan(q: Tensor) -> Plan:
@@ -75,7 +103,7 @@ def _plan_op(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor,
     if not has_far_field(q.shape[2], config):
         return tuple(_empty_plan(q))  # type: ignore[return-value]
     with torch.autocast(q.device.type, enabled=False):
-        rows, keys, _ = _working(q, k, k)
+        rows, keys, _ = working(q, k, k)
         plan = make_plan(rows, keys, config, scale)
     # Any point near the queries serves as an anchor; in the inputs' dtype kernels and ranks can share it as it is.
     return tuple(plan._replace(anchors=plan.anchors.to(q.dtype)))  # type: ignore[return-value]
@@ -101,7 +129,7 @@ def _attend_op(
 ) -> tuple[Tensor, Tensor]:
     """Out [B, H, N, D] in q's dtype and lse [B, H, N] in the dtype of the arithmetic, for a structure."""
     with torch.autocast(q.device.type, enabled=False):
-        rows, keys, values = _working(q, k, v)
+        rows, keys, values = working(q, k, v)
         plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
         out, lse = forward(rows, keys, values, plan, scale, MuseConfig.decode(settings))
     return out.reshape(q.shape).to(q.dtype).contiguous(), lse.reshape(q.shape[:3]).contiguous()
@@ -120,7 +148,7 @@ def _attend_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [B, H, N, D] and of k and v [B, K, N, D], given that of out."""
     with torch.autocast(q.device.type, enabled=False):
-        rows, keys, values = _working(q, k, v)
+        rows, keys, values = working(q, k, v)
         dout, out = (x.to(rows.dtype).reshape(rows.shape) for x in (dout, out))
         plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
         dq, dk, dv = backward(dout, rows, keys, values, out, lse.reshape(rows.shape[:4]), plan, scale,

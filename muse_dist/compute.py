@@ -54,6 +54,12 @@ def _say_backend(name: str, device: str) -> None:
     logging.getLogger("muse_dist").info("backend 'auto' takes '%s' on %s", name, device)
 
 
+def working(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, N, D] as [B, K, G, N, D], k and v [B, K, N, D], in the dtype of the arithmetic."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype), v.to(dtype)
+
+
 def near_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, config: MuseConfig) -> tuple[Tensor, Tensor]:
     """The near field of a whole sequence: out [B, K, G, N, D], lse [B, K, G, N]."""
     blocks = range(block_count(q.shape[3], config.block))

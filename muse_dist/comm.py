@@ -1,0 +1,156 @@
+"""All communication between context-parallel ranks. The only module of the package that imports torch.distributed.
+
+Exchanges are posted and awaited apart, so that callers compute in between. Every buffer travels as bytes in one
+collective for all heads and sequences of the batch, in sizes that are the same at every step.
+"""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# What the ranks of a group have agreed on. It dies with the group.
+_AGREED: weakref.WeakKeyDictionary[ProcessGroup, set[str]] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class ByteCounter:
+    """Bytes this rank received from others, by exchange. Pass one to `muse_attention` to measure."""
+
+    received: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, count: int) -> None:
+        self.received[name] = self.received.get(name, 0) + count
+
+    def total(self) -> int:
+        """Bytes received in all exchanges."""
+        return sum(self.received.values())
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An exchange that has been posted; `wait` returns what arrived."""
+
+    name: str
+    work: dist.Work
+    where: str
+    finish: Callable[[], list[Tensor]]
+
+    def wait(self) -> list[Tensor]:
+        """Raises RuntimeError naming the exchange if a rank failed or the group's timeout passed."""
+        try:
+            self.work.wait()
+        except Exception as error:
+            raise RuntimeError(f"exchange '{self.name}' was pending on {self.where} and failed, because another rank "
+                               f"died, hung or left: {error}") from error
+        return self.finish()
+
+
+class Communicator:
+    """A process group as the attention uses it: byte exchanges with names, counted if asked."""
+
+    def __init__(self, group: ProcessGroup, counter: ByteCounter | None = None) -> None:
+        """Raises ValueError on a process that is not in `group`, TypeError if it is no process group."""
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group: this process is not a member of the group; call muse_attention on members only")
+        if not isinstance(group, ProcessGroup):
+            raise TypeError(f"group: must be a torch.distributed.ProcessGroup, not {type(group).__name__}; "
+                            "torch.distributed.new_group or DeviceMesh.get_group makes one")
+        self.group = group
+        self.counter = counter
+        self.rank = group.rank()
+        self.size = group.size()
+
+    def all_gather(self, name: str, x: Tensor) -> Pending:
+        """Post the gathering of equal tensors; `wait` gives the tensor of every rank, in rank order."""
+        send = _to_bytes([x])
+        received = send.new_empty(self.size * send.numel())
+        parts = list(received.chunk(self.size))
+        work = self._post(name, lambda: dist.all_gather(parts, send, group=self.group, async_op=True))
+        self._count(name, (self.size - 1) * send.numel())
+        return Pending(name, work, self._where(), lambda: [
+            _from_bytes(part, [(x.shape, x.dtype)])[0] for part in parts])
+
+    def all_to_all(
+        self, name: str, send: Sequence[Sequence[Tensor]],
+        receive: Sequence[Sequence[tuple[Sequence[int], torch.dtype]]], device: torch.device,
+    ) -> Pending:
+        """Post the sending of `send[r]` to every rank r, while `receive[r]` gives the shapes and dtypes r sends here.
+
+        `wait` gives the tensors received, those of rank 0 first. A rank's own entry is empty.
+        """
+        buffers = [_to_bytes(tensors, device) for tensors in send]
+        sizes = [sum(_padded(prod(shape) * dtype.itemsize) for shape, dtype in specs) for specs in receive]
+        data, received = torch.cat(buffers), torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        work = self._post(name, lambda: dist.all_to_all_single(
+            received, data, sizes, [b.numel() for b in buffers], group=self.group, async_op=True))
+        self._count(name, sum(sizes))
+        specs = [spec for part in receive for spec in part]
+        # `data` must live until the exchange is done; the closure holds it.
+        return Pending(name, work, self._where(), lambda: _from_bytes(received, specs) if data is not None else [])
+
+    def agree(self, key: str, problem: str | None) -> None:
+        """Check once that all ranks call with the same `key` and none has a `problem`.
+
+        Raises ValueError with what every rank has to say, on all ranks.
+        """
+        known = _AGREED.setdefault(self.group, set())
+        if problem is None and key in known:
+            return
+        said: list[tuple[str, str | None]] = [("", None)] * self.size
+        dist.all_gather_object(said, (key, problem), group=self.group)
+        troubles = [f"rank {rank}: {trouble}" for rank, (_, trouble) in enumerate(said) if trouble is not None]
+        if troubles:
+            raise ValueError("context-parallel attention cannot run; " + "; ".join(troubles))
+        if len({spoken for spoken, _ in said}) > 1:
+            raise ValueError("the ranks of the group call with different shapes or configs; give all of them the same: "
+                             + "; ".join(f"rank {rank}: {spoken}" for rank, (spoken, _) in enumerate(said)))
+        known.add(key)
+
+    def _post(self, name: str, call: Callable[[], dist.Work | None]) -> dist.Work:
+        try:
+            work = call()
+        except Exception as error:
+            raise RuntimeError(f"exchange '{name}' could not be posted on {self._where()}, because another rank died, "
+                               f"hung or left: {error}") from error
+        assert work is not None
+        return work
+
+    def _where(self) -> str:
+        return f"rank {self.rank} of {self.size}"
+
+    def _count(self, name: str, count: int) -> None:
+        if self.counter is not None:
+            self.counter.add(name, count)
+
+
+def _padded(count: int) -> int:
+    """Tensors in a buffer start at multiples of 16 bytes, so that they can be viewed in any dtype."""
+    return -(-count // 16) * 16
+
+
+def _to_bytes(tensors: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+    """Tensors one after the other as bytes: uint8 [bytes]."""
+    pieces = []
+    for x in tensors:
+        flat = x.detach().contiguous().flatten().view(torch.uint8)
+        pieces.append(flat)
+        if _padded(flat.numel()) > flat.numel():
+            pieces.append(flat.new_zeros(_padded(flat.numel()) - flat.numel()))
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=device)
+
+
+def _from_bytes(buffer: Tensor, specs: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
+    """The inverse of `_to_bytes` for tensors of these shapes and dtypes."""
+    tensors, at = [], 0
+    for shape, dtype in specs:
+        size = prod(shape) * dtype.itemsize
+        tensors.append(buffer[at:at + size].view(dtype).view(*shape))
+        at += _padded(size)
+    return tensors

@@ -1,0 +1,74 @@
+"""exchange="kv": keys and values of all ranks are gathered, every leaf can be opened, the result is one device's."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from muse_dist.compute import far_backward, far_forward, group_rows, kernels_for, rows_to_tokens, ungroup
+from muse_dist.layout import near_pairs
+from muse_dist.shard import Shard
+from muse_dist.tree import Plan, arrange, from_leaves, open_blocks, order_blocks
+
+
+class Saved(NamedTuple):
+    """What the backward needs besides q, k, v, the output and its log-sum-exp; keys are gathered again."""
+
+    plan: Plan  # own queries, the keys of all blocks
+
+
+def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Saved]:
+    """Out [B, K, G, S, D] and lse [B, K, G, S] of a rank's queries, all in the working dtype, k and v [B, K, S, D]."""
+    ops, config = kernels_for(s.config, q.device), s.config
+    gathered = s.comm.all_gather("keys and values", torch.stack([k, v]).to(s.dtype))
+    plan = order_blocks(q, k, config, config.leaf, s.mine[0] == 0)
+    orders = s.comm.all_gather("key order", plan.key_order.to(torch.int32))
+    parts = [ops.near_field(q, k, v, s.scale, near_pairs(s.mine, s.mine, config), config.block)]
+    all_k, all_v = _all_tokens(s, gathered.wait()).to(k.dtype)
+    plan = plan._replace(key_order=s.layout_blocks(orders.wait()).to(torch.int64),
+                         anchors=plan.anchors.to(s.dtype).to(q.dtype))
+    parts.append(ops.near_field(q, all_k, all_v, s.scale, s.other_pairs, config.block))
+    blocks = arrange(q, all_k, all_v, plan, config)
+    plan = plan._replace(opened=open_blocks(blocks, s.mine, s.everything, config, s.scale))
+    parts.append(rows_to_tokens(far_forward(blocks, plan, s.mine, s.everything, s.scale, config), plan, q.shape[2:4]))
+    return *ops.merge(parts), Saved(plan)
+
+
+def backward(
+    s: Shard, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Saved
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) of the rank's own shard, with what the other ranks' losses add to dk and dv."""
+    ops, config, plan = kernels_for(s.config, q.device), s.config, saved.plan
+    gathered = s.comm.all_gather("keys and values", torch.stack([k, v]).to(s.dtype))
+    delta = (dout * out).sum(-1)
+    own = ops.near_field_backward(
+        dout, q, k, v, lse, delta, s.scale, near_pairs(s.mine, s.mine, config), config.block)
+    all_k, all_v = _all_tokens(s, gathered.wait()).to(k.dtype)
+    dq, dk, dv = ops.near_field_backward(dout, q, all_k, all_v, lse, delta, s.scale, s.other_pairs, config.block)
+    blocks = arrange(q, all_k, all_v, plan, config)
+    rows = group_rows(dout, lse, delta, blocks, plan, config)
+    d_rows, d_keys, d_values = far_backward(rows, blocks, plan, s.mine, s.everything, s.scale, config)
+    tokens = all_k.shape[2]
+    grads = torch.stack([dk + from_leaves(d_keys, plan, tokens), dv + from_leaves(d_values, plan, tokens)])
+    sent = _sum_home(s, grads)
+    return dq + own[0] + ungroup(d_rows, plan, *q.shape[2:4]), sent[0] + own[1], sent[1] + own[2]
+
+
+def _all_tokens(s: Shard, shards: list[Tensor]) -> Tensor:
+    """Shards [2, B, K, S, D] of all ranks in the order of the sequence: [2, B, K, N, D]."""
+    return s.layout.join(shards, 3)
+
+
+def _sum_home(s: Shard, grads: Tensor) -> Tensor:
+    """Every rank's share of the gradients [2, B, K, N, D], summed over ranks in rank order: [2, B, K, S, D]."""
+    shares = [s.layout.shard(grads, rank, 3) for rank in range(s.comm.size)]
+    others = [rank for rank in range(s.comm.size) if rank != s.comm.rank]
+    send = [[share.to(s.dtype)] if rank in others else [] for rank, share in enumerate(shares)]
+    spec = (tuple(shares[0].shape), s.dtype)
+    receive = [[spec] if rank in others else [] for rank in range(s.comm.size)]
+    received = iter(s.comm.all_to_all("keys and values gradients", send, receive, grads.device).wait())
+    total = torch.zeros_like(shares[0])
+    for rank in range(s.comm.size):
+        total += next(received).to(grads.dtype) if rank in others else shares[rank]
+    return total

@@ -1,0 +1,84 @@
+"""Attention over a sequence that context-parallel ranks share: one differentiable function around the two exchanges."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muse_dist import exchange_kv, exchange_moments
+from muse_dist.comm import Communicator
+from muse_dist.compute import working
+from muse_dist.config import MuseConfig
+from muse_dist.layout import Layout, LayoutName
+from muse_dist.remote import ChunkAnchors, Message
+from muse_dist.shard import Shard
+from muse_dist.tree import Plan
+
+
+def make_shard(
+    q: Tensor, k: Tensor, config: MuseConfig, scale: float, comm: Communicator, layout: LayoutName,
+    problem: str | None,
+) -> Shard:
+    """What a call on local shards q [B, H, S, D], k [B, K, S, D] needs to know, agreed on with the other ranks.
+
+    `problem` is what this rank's own checks found, so that all ranks hear of it instead of waiting for this one.
+    Raises ValueError on every rank if any has a problem or calls with other shapes, dtypes or settings.
+    """
+    described = None
+    if problem is None:
+        try:
+            described = Layout(layout, comm.size, q.shape[2] * comm.size, config.block)
+        except ValueError as error:
+            problem = str(error)
+    # Sizes of this rank's own call; all ranks must say the same.
+    comm.agree(f"q {_describe(q)}, k {_describe(k)}, {layout}, scale={scale:.9g}, {config}", problem)
+    assert described is not None
+    return Shard(comm, described, config, scale, q.dtype)
+
+
+def _describe(x: Any) -> str:
+    return f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+
+
+class ParallelAttention(torch.autograd.Function):
+    """Attention of a rank's queries to the keys of all ranks; the backward exchanges what the forward's mirror needs."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> Tensor:  # type: ignore[override]
+        """q [B, H, S, D], k and v [B, K, S, D] of one dtype -> [B, H, S, D]."""
+        mode = exchange_moments if shard.config.exchange == "moments" else exchange_kv
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse, saved = mode.forward(shard, *working(q, k, v))
+            out = out.flatten(1, 2).to(q.dtype)
+        ctx.shard = shard
+        ctx.save_for_backward(q, k, v, out, lse, *_flatten(saved))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of q, k and v."""
+        q, k, v, out, lse, *rest = ctx.saved_tensors
+        shard: Shard = ctx.shard
+        mode = exchange_moments if shard.config.exchange == "moments" else exchange_kv
+        with torch.autocast(q.device.type, enabled=False):
+            rows, keys, values = working(q, k, v)
+            dout, out = (x.to(rows.dtype).unflatten(1, rows.shape[1:3]) for x in (dout, out))
+            dq, dk, dv = mode.backward(shard, dout, rows, keys, values, out, lse, _unflatten(rest))  # type: ignore[arg-type]
+        return dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _flatten(saved: exchange_kv.Saved | exchange_moments.Saved) -> list[Tensor]:
+    """Tensors of a `Saved`, so that autograd can keep, offload and free them."""
+    if isinstance(saved, exchange_kv.Saved):
+        return list(saved.plan)
+    return [*saved.plan, *saved.anchors, saved.everyone, *saved.halo, *(x for m in saved.messages for x in m)]
+
+
+def _unflatten(tensors: list[Tensor]) -> exchange_kv.Saved | exchange_moments.Saved:
+    """The inverse of `_flatten`."""
+    plan = Plan(*tensors[:4])
+    if len(tensors) == 4:
+        return exchange_kv.Saved(plan)
+    messages = [Message(*pair) for pair in zip(tensors[9::2], tensors[10::2])]
+    return exchange_moments.Saved(plan, ChunkAnchors(*tensors[4:6]), tensors[6], (tensors[7], tensors[8]), messages)
