@@ -20,6 +20,7 @@ from muse_dist.tree import (
     gather_rows,
     has_far_field,
     make_plan,
+    open_blocks,
     query_rows,
     scatter_rows,
     seen_leaves,
@@ -81,29 +82,30 @@ def ablated(
     if not has_far_field(q.shape[2], config):
         return near.reshape(q.shape).to(q.dtype)
     plan = make_plan(rows, keys, config, scale)
+    count = plan.key_order.shape[2]
     if positional:
         plan = plan._replace(key_order=torch.arange(config.block, device=q.device).expand_as(plan.key_order))
+        opened = open_blocks(arrange(rows, keys, None, plan, config), range(count), range(count), config, scale)
+        plan = plan._replace(opened=opened)
     blocks = arrange(rows, keys, values, plan, config)
     out, lse = (gather_rows(query_rows(x, config.block), plan.query_order).unflatten(3, (-1, config.group))
                 for x in (near, near_lse[..., None]))
-    count = out.shape[2]
     for i in range(count):
-        seen = seen_leaves(i, count, config, q.device)
+        seen = seen_leaves(i, range(count), config, config.block // config.leaf, q.device)
         if len(seen):
             parts = _far_parts(blocks.q[:, :, i], plan.anchors[:, :, i], blocks.k[:, :, :len(seen)],
-                               blocks.v[:, :, :len(seen)], blocks.row_valid[:, :, i], blocks.key_valid[:len(seen)],
-                               seen, scale, config, far)
+                               blocks.v[:, :, :len(seen)], plan.opened[:, :, i], seen, blocks.key_valid[:len(seen)],
+                               scale, config.trace, far)
             out[:, :, i], _ = reference.merge([(out[:, :, i], lse[:, :, i, ..., 0]), *parts])
     out = scatter_rows(out.flatten(3, 4), plan.query_order)
     return from_query_rows(out, rows.shape[2], q.shape[2]).reshape(q.shape).to(q.dtype)
 
 
 def _far_parts(
-    q: Tensor, anchor: Tensor, k: Tensor, v: Tensor, row_valid: Tensor, valid: Tensor, seen: Tensor, scale: float,
-    config: MuseConfig, far: Far,
+    q: Tensor, anchor: Tensor, k: Tensor, v: Tensor, opened: Tensor, seen: Tensor, valid: Tensor, scale: float,
+    trace: bool, far: Far,
 ) -> list[tuple[Tensor, Tensor]]:
     """Partial softmaxes of one query block, shapes as in `reference`: opened leaves, and moments of the others."""
-    opened = reference.open_leaves(q, k, seen, config.opened, config.sinks, scale, row_valid, valid)
     parts = [reference.opened_leaves(q, k, v, opened, scale, valid)] if opened.shape[-1] else []
     if far == "none":
         return parts
@@ -113,4 +115,4 @@ def _far_parts(
     if far == "tilted":
         leaf = leaf._replace(key=torch.zeros_like(leaf.key))
     hidden = reference.hidden_leaves(opened, seen)
-    return [*parts, reference.far_field(q, anchor, leaf, hidden, scale, config.trace)]
+    return [*parts, reference.far_field(q, anchor, leaf, hidden, scale, trace)]
