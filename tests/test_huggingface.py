@@ -358,7 +358,7 @@ def test_compiled_layers(fresh_compiler):
     tokens = ids(100)
     plain, compiled = build(), build()
     for layer in compiled.model.layers:
-        layer.compile(backend="eager")
+        layer.compile(backend="eager", fullgraph=True)
     assert close(compiled(tokens, use_cache=False).logits, plain(tokens).logits)
     with pytest.raises(RuntimeError, match="packed sequences"):
         compiled(tokens, position_ids=torch.arange(50).repeat(2)[None])
