@@ -1,12 +1,12 @@
 """Multipole semantic attention in plain PyTorch: every step of the method as one would explain it on a board.
 
-Each function here is also the twin of a GPU kernel: same name, same arguments, same results. The backward of a partial
-softmax takes the output and log-sum-exp of the *merged* softmax, through `lse` and `delta = sum(dout * out)`:
+The backward of a partial softmax takes the output and log-sum-exp of the *merged* softmax, through `lse` and
+`delta = sum(dout * out)`:
 
     P = exp(logit - lse)        dlogit = P * (dout . value - delta)        dvalue = P^T dout
 
-Shape legend: B batch, K key/value heads, G query heads per key/value head, D head dim; n blocks of b tokens, J leaves of
-m keys, A anchors, U groups of g query rows, O opened leaves a group. `...` stands for any leading batch dimensions.
+Shape legend: B batch, K key/value heads, G query heads per key/value head, D head dim; n blocks of b tokens, J leaves
+of m keys, A anchors, U groups of g query rows, O opened leaves a group. `...` stands for any leading batch dimensions.
 Arithmetic is done in the dtype given: callers pass fp32 or fp64. None of the functions changes its arguments.
 """
 from __future__ import annotations

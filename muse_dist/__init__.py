@@ -1,7 +1,9 @@
 """muse_dist: context-parallel multipole semantic attention for long-context pretraining."""
 from muse_dist.attention import muse_attention
+from muse_dist.comm import ByteCounter
 from muse_dist.config import MuseConfig
 from muse_dist.layer import MuseAttention
+from muse_dist.traffic import traffic
 
-__all__ = ["MuseAttention", "MuseConfig", "muse_attention"]
+__all__ = ["ByteCounter", "MuseAttention", "MuseConfig", "muse_attention", "traffic"]
 __version__ = "0.1.0"

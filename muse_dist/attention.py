@@ -66,7 +66,7 @@ def _parallel(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan | None, config: MuseConfig, scale: float) -> Tensor:
-    """`muse_attention` with a given structure, as `muse_dist.tree.make_plan` returns it; None: there is no far field."""
+    """`muse_attention` with the structure that `muse_dist.tree.make_plan` returned; None: there is no far field."""
     scale = check_inputs(q, k, v, config, scale)
     return torch.ops.muse_dist.attend(q, k, v, *(_empty_plan(q) if plan is None else plan), scale, config.encoded)[0]
 
@@ -119,7 +119,8 @@ def _(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor, Tensor
     leaves = lead[2] * (config.block // config.leaf)
     order = torch.empty(*lead, config.block, dtype=torch.int64, device=q.device)
     opened = (*lead, rows // config.group, config.sinks + min(config.opened, leaves))
-    return (order, order.new_empty(*lead, rows), q.new_empty(*lead, config.anchors, q.shape[3]), order.new_empty(opened))
+    anchors = q.new_empty(*lead, config.anchors, q.shape[3])
+    return order, order.new_empty(*lead, rows), anchors, order.new_empty(opened)
 
 
 @torch.library.custom_op("muse_dist::attend", mutates_args=())

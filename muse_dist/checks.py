@@ -15,7 +15,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: flo
     """Check the arguments of `muse_attention` and return the softmax scale.
 
     Raises:
-        ValueError or TypeError that names the argument and the fix. Values are not looked at: that would make a GPU wait.
+        ValueError or TypeError that names the argument and the fix. Values are not looked at: a GPU would have to wait.
     """
     if not isinstance(config, MuseConfig):
         raise TypeError(f"config: must be a MuseConfig, not {type(config).__name__}; MuseConfig.from_dict makes one")

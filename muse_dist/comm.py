@@ -86,7 +86,7 @@ class Communicator:
         `wait` gives the tensors received, those of rank 0 first. A rank's own entry is empty.
         """
         buffers = [_to_bytes(tensors, device) for tensors in send]
-        sizes = [sum(_padded(prod(shape) * dtype.itemsize) for shape, dtype in specs) for specs in receive]
+        sizes = [sum(padded(prod(shape) * dtype.itemsize) for shape, dtype in specs) for specs in receive]
         data, received = torch.cat(buffers), torch.empty(sum(sizes), dtype=torch.uint8, device=device)
         work = self._post(name, lambda: dist.all_to_all_single(
             received, data, sizes, [b.numel() for b in buffers], group=self.group, async_op=True))
@@ -130,7 +130,7 @@ class Communicator:
             self.counter.add(name, count)
 
 
-def _padded(count: int) -> int:
+def padded(count: int) -> int:
     """Tensors in a buffer start at multiples of 16 bytes, so that they can be viewed in any dtype."""
     return -(-count // 16) * 16
 
@@ -141,8 +141,8 @@ def _to_bytes(tensors: Sequence[Tensor], device: torch.device | None = None) -> 
     for x in tensors:
         flat = x.detach().contiguous().flatten().view(torch.uint8)
         pieces.append(flat)
-        if _padded(flat.numel()) > flat.numel():
-            pieces.append(flat.new_zeros(_padded(flat.numel()) - flat.numel()))
+        if padded(flat.numel()) > flat.numel():
+            pieces.append(flat.new_zeros(padded(flat.numel()) - flat.numel()))
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=device)
 
 
@@ -152,5 +152,5 @@ def _from_bytes(buffer: Tensor, specs: Sequence[tuple[Sequence[int], torch.dtype
     for shape, dtype in specs:
         size = prod(shape) * dtype.itemsize
         tensors.append(buffer[at:at + size].view(dtype).view(*shape))
-        at += _padded(size)
+        at += padded(size)
     return tensors

@@ -32,7 +32,7 @@ from muse_dist.tree import (
 class FarBlock(NamedTuple):
     """One query block with a far field, in the order of the plan."""
 
-    index: int  # the block's place among all
+    place: int  # the block's place among the query blocks
     q: Tensor  # [B, K, U, g, D]
     anchor: Tensor  # [B, K, R, D]
     k: Tensor  # [B, K, J, m, D] leaves up to the last one seen
@@ -140,7 +140,7 @@ def far_forward(
         parts = [ops.far_field(far.q, far.anchor, leaf, far.hidden, scale, config.trace)]
         if far.opened.shape[-1]:
             parts.append(ops.opened_leaves(far.q, far.k, far.v, far.opened, scale, far.valid))
-        out[:, :, far.index], lse[:, :, far.index] = ops.merge(parts)
+        out[:, :, far.place], lse[:, :, far.place] = ops.merge(parts)
     return out, lse
 
 
@@ -152,15 +152,15 @@ def far_backward(
     ops = kernels_for(config, blocks.q.device)
     dq, dk, dv = torch.zeros_like(blocks.q), torch.zeros_like(blocks.k), torch.zeros_like(blocks.v)
     for far in _far_blocks(blocks, plan, query_blocks, key_blocks, config):
-        dout, lse, delta = (x[:, :, far.index] for x in rows)
+        dout, lse, delta = (x[:, :, far.place] for x in rows)
         leaf = ops.moments(far.anchor, far.k, far.v, scale, far.valid)
-        dq[:, :, far.index], grad = ops.far_field_backward(
+        dq[:, :, far.place], grad = ops.far_field_backward(
             dout, far.q, far.anchor, leaf, far.hidden, lse, delta, scale, config.trace)
         grads = [ops.moments_backward(grad, far.anchor, far.k, far.v, leaf, scale, far.valid)]
         if far.opened.shape[-1]:
             d_rows, *d_leaves = ops.opened_leaves_backward(
                 dout, far.q, far.k, far.v, far.opened, lse, delta, scale, far.valid)
-            dq[:, :, far.index] += d_rows
+            dq[:, :, far.place] += d_rows
             grads.append(d_leaves)
         for d_keys, d_values in grads:
             dk[:, :, :far.k.shape[2]] += d_keys

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 Exchange = Literal["moments", "kv"]
 Backend = Literal["auto", "torch"]
@@ -63,6 +63,10 @@ class MuseConfig:
         "(the one-device result, at the traffic of exact attention)"))
     backend: Backend = _option("auto", "'torch' is plain PyTorch, on any device; 'auto' takes the fastest that can run")
 
+    # JSON of the fields, for operators of PyTorch, which take numbers and strings. Not a field: every instance has its
+    # own, made once, because torch.compile cannot trace json.
+    encoded: ClassVar[str]
+
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _check_type(f.name, getattr(self, f.name), f.default)
@@ -87,7 +91,6 @@ class MuseConfig:
         for name, allowed in (("exchange", get_args(Exchange)), ("backend", get_args(Backend))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, allowed))}")
-        # Operators of PyTorch take numbers and strings; made here because torch.compile cannot trace json.
         object.__setattr__(self, "encoded", json.dumps(dataclasses.asdict(self)))
 
     @classmethod
@@ -131,8 +134,9 @@ class MuseConfig:
     @classmethod
     def paper(cls, **changes: Any) -> MuseConfig:
         """The setting of the 2025 paper: blocks of 8192, 64 clusters a block, no halo, no sinks, nothing opened."""
-        return cls(**{"block": 8192, "halo": 0, "leaf": 128, "group": 128, "anchors": 64, "opened": 0, "sinks": 0,
-                      "trace": False, **changes})
+        part = max(1, changes.get("block", 8192) // 64)
+        return cls(**{"block": 8192, "halo": 0, "leaf": part, "group": part, "anchors": 64, "remote_leaf": part,
+                      "opened": 0, "sinks": 0, "trace": False, **changes})
 
     @classmethod
     def fast(cls, **changes: Any) -> MuseConfig:

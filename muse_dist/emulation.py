@@ -137,7 +137,7 @@ def _remote_columns(x: Tensor, layout: Layout, rank: int, held: list[Rank], plac
 
 def _moment_columns(x: Tensor, anchor: Tensor, leaf: reference.Moments, part: Tensor, seen: Tensor, scale: float,
                     config: MuseConfig) -> list[tuple[Tensor, Tensor]]:
-    """One column a leaf and anchor: rows x [B, K, rows, D] use anchor part [B, K, rows], and see `seen` of the leaves."""
+    """A column a leaf and anchor: rows x [B, K, rows, D] use anchor part [B, K, rows] and see `seen` of the leaves."""
     columns = []
     for a in range(anchor.shape[2]):
         step = x - anchor[:, :, a, None]

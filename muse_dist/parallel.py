@@ -42,7 +42,7 @@ def _describe(x: Any) -> str:
 
 
 class ParallelAttention(torch.autograd.Function):
-    """Attention of a rank's queries to the keys of all ranks; the backward exchanges what the forward's mirror needs."""
+    """Attention of a rank's queries to the keys of all ranks; the backward mirrors the forward's exchanges."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> Tensor:  # type: ignore[override]

@@ -4,7 +4,7 @@ Shape legend as in `kernels/reference.py`; C chunks a rank, Q remote anchors of 
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -131,8 +131,10 @@ def remote_backward(
     return dq, grads
 
 
-def _remote_blocks(blocks: Blocks, anchors: ChunkAnchors, leaves: Sequence[RemoteLeaves | None],
-                   query_blocks: Sequence[int], config: MuseConfig):  # type: ignore[no-untyped-def]
+def _remote_blocks(
+    blocks: Blocks, anchors: ChunkAnchors, leaves: Sequence[RemoteLeaves | None], query_blocks: Sequence[int],
+    config: MuseConfig,
+) -> Iterator[tuple[int, RemoteLeaves, Tensor, Tensor | None, Tensor]]:
     """Yield (place, remote leaves, anchors [B, K, A, D], part of each anchor, hidden [B, K, U, J]) of query blocks."""
     per_chunk = len(query_blocks) // len(leaves)
     for i, block in enumerate(query_blocks):
