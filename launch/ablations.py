@@ -13,7 +13,9 @@ from torch import Tensor
 from muse_dist import MuseConfig, muse_attention
 from muse_dist.attention import near_only
 from muse_dist.compute import near_forward
+from muse_dist.emulation import emulate_ranks
 from muse_dist.kernels import reference
+from muse_dist.layout import LayoutName
 from muse_dist.tree import (
     arrange,
     from_query_rows,
@@ -54,6 +56,17 @@ def ladder(config: MuseConfig) -> list[Variant]:
         Variant("opened", "+ opened leaves", plain),
         Variant("trace", "+ the trace: the whole method", full),
         Variant("positional", "the same, clusters by position", full, partial(ablated, positional=True)),
+    ]
+
+
+def across_ranks(whole: Variant, ranks: int, layout: LayoutName) -> list[Variant]:
+    """One variant as `ranks` context-parallel ranks compute it, under each exchange mode."""
+    split = partial(emulate_ranks, ranks=ranks, layout=layout)
+    return [
+        dataclasses.replace(whole, name=f"{whole.name} kv", about="keys and values of all ranks"),
+        Variant(f"{whole.name} moments", "moments of other ranks' leaves", whole.config, split),
+        Variant(f"{whole.name} alone", "halo and sinks, nothing else from other ranks", whole.config,
+                partial(split, remote=False)),
     ]
 
 

@@ -15,28 +15,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from launch.ablations import Variant, ladder
-from launch.config import DataConfig
-from launch.data import SEPARATOR, VOCABULARY, load_corpus
+from launch.ablations import Variant, across_ranks, ladder
 from launch.train import pick_device
+from launch.trained import cut, load
 from muse_dist import MuseConfig
 from muse_dist.huggingface import register
+from muse_dist.layout import LayoutName
 
 PRESETS = ("paper", "fast", "accurate")
 LOGIT_ROWS = 1024  # tokens whose logits exist at a time
@@ -137,56 +135,6 @@ def check_head(model: PreTrainedModel, ids: Tensor) -> None:
                          "models that do are not supported")
 
 
-# ------------------------------------------------------------------------------------------------- models and tokens
-
-
-def load(folder: Path, texts: Sequence[Path]) -> tuple[PreTrainedModel, Callable[[int, int], Tensor]]:
-    """A model in evaluation mode on the CPU, and the function tokens(n, at) of its validation tokens.
-
-    Args:
-        folder: see the head of this file.
-        texts: files to read for a `save_pretrained` model; the held-out part of the standard library if there is none.
-    """
-    if (folder / "load.py").is_file():
-        if texts:
-            raise ValueError(f"--text: {folder} has validation tokens of its own (load.py); leave the option out")
-        spec = importlib.util.spec_from_file_location("evaluated_model", folder / "load.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.model(attn_implementation="sdpa").eval(), module.tokens
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--model {folder}: neither config.json (of save_pretrained) nor load.py is there")
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype="auto").eval()
-    stream = torch.from_numpy(_token_stream(folder, texts, model.config.vocab_size).astype(np.int64))
-    return model, lambda n, at: stream[None, at:at + n]
-
-
-def _token_stream(folder: Path, texts: Sequence[Path], vocabulary: int) -> np.ndarray:
-    """Token ids of text files, or of the held-out files of the standard library, [tokens]."""
-    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-        if not texts:
-            raise ValueError(f"{folder} has its own tokenizer: name the text files to read with --text")
-        text = "\n".join(path.read_text() for path in texts)
-        return np.asarray(AutoTokenizer.from_pretrained(folder)(text)["input_ids"])
-    if vocabulary != VOCABULARY:
-        raise ValueError(f"{folder} has no tokenizer, and its vocabulary of {vocabulary} is not the {VOCABULARY} of "
-                         "byte-level models: save the tokenizer beside the model")
-    if not texts:
-        return load_corpus(DataConfig()).held_out
-    return np.concatenate([np.append(np.frombuffer(path.read_bytes(), np.uint8), np.uint16(SEPARATOR))
-                           for path in texts])
-
-
-def cut(tokens: Callable[[int, int], Tensor], count: int, length: int) -> list[Tensor]:
-    """`count` windows of `length` tokens and one more, [1, length + 1] each."""
-    windows = [tokens(length + 1, w * length) for w in range(count)]
-    if windows[-1].shape[1] <= length:
-        raise ValueError(f"--windows {count} --tokens {length}: there are fewer validation tokens than the "
-                         f"{count * length + 1} this needs; take fewer")
-    return windows
-
-
 # ----------------------------------------------------------------------------------------------------------- command
 
 
@@ -205,6 +153,10 @@ def chosen_variants(options: argparse.Namespace) -> list[Variant]:
             if name not in known:
                 raise ValueError(f"--variants {name}: unknown; known are {', '.join(known)} and all")
         chosen += [step for step in steps if step.name in wanted]
+    if options.ranks > 1:
+        if options.variants:
+            raise ValueError("--ranks: goes with presets, not with --variants")
+        return [row for preset in chosen for row in across_ranks(preset, options.ranks, options.layout)]
     return chosen
 
 
@@ -222,7 +174,8 @@ def _command(options: argparse.Namespace, variant: Variant) -> str:
     """The command that prints the row of one variant."""
     words = ["python", "-m", "launch.evaluate", "--model", str(options.model)]
     words += ["--text", *map(str, options.text)] if options.text else []
-    words += ["--preset" if variant.about == "preset" else "--variants", variant.name]
+    words += ["--variants" if options.variants and variant.about != "preset" else "--preset", variant.name.split()[0]]
+    words += ["--ranks", str(options.ranks), "--layout", options.layout] if options.ranks > 1 else []
     words += ["--tokens", str(options.tokens), "--windows", str(options.windows)]
     words += ["--block", str(options.block)] if options.block is not None else []
     words += [word for text in options.set for word in ("--set", text)]
@@ -232,7 +185,7 @@ def _command(options: argparse.Namespace, variant: Variant) -> str:
 
 
 def _line(name: str, loss: str, increase: str, layers: Sequence[str], about: str) -> str:
-    line = f"{name:<12}{loss:>8}{increase:>10}  " + "".join(f"{layer:>9}" for layer in layers) + f"   {about}"
+    line = f"{name:<20}{loss:>8}{increase:>10}  " + "".join(f"{layer:>9}" for layer in layers) + f"   {about}"
     return line.rstrip()
 
 
@@ -246,6 +199,7 @@ def _record(row: Row, options: argparse.Namespace, model: PreTrainedModel) -> st
         "variant": row.variant.name, "about": row.variant.about, "model": str(options.model), "tokens": options.tokens,
         "windows": options.windows, "device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
         "exact_loss": row.exact_loss, "loss": row.loss, "increase": row.increase, "layer_errors": row.layer_errors,
+        "ranks": options.ranks, "layout": options.layout,
         "config": dataclasses.asdict(row.variant.config), "command": _command(options, row.variant)})
 
 
@@ -259,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", nargs="+", default=[], choices=PRESETS, help="presets of MuseConfig (default: all)")
     parser.add_argument("--variants", nargs="+", default=[], metavar="NAME",
                         help=f"ablations: {', '.join(v.name for v in ladder(MuseConfig()))}, or all")
+    parser.add_argument("--ranks", type=int, default=1,
+                        help="also split the sequence over this many emulated ranks, under each exchange mode")
+    parser.add_argument("--layout", choices=get_args(LayoutName), default="contiguous", help="of the emulated ranks")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens a window (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=4, help="consecutive windows (default: %(default)s)")
     parser.add_argument("--block", type=int, help="block size (default: the preset's; 2048 for ablations)")
@@ -276,8 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        if options.tokens < 1 or options.windows < 1:
-            raise ValueError("--tokens and --windows must be at least 1")
+        if min(options.tokens, options.windows, options.ranks) < 1:
+            raise ValueError("--tokens, --windows and --ranks must be at least 1")
         device = pick_device(options.device)
         variants = chosen_variants(options)
         model, tokens = load(options.model, options.text)
@@ -299,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.json is not None:
                 with options.json.open("a") as file:
                     file.write(_record(row, options, model) + "\n")
-    print("\neach row by itself:", *(_command(options, variant) for variant in variants), sep="\n")
+    print("\neach row by itself:", *dict.fromkeys(_command(options, variant) for variant in variants), sep="\n")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
