@@ -1,0 +1,162 @@
+"""The steps of the method over all blocks of a sequence at once: the plain twins of the GPU kernels.
+
+Each function calls `reference` block by block and has the name, arguments and results of a Triton kernel. Half
+precision is computed in fp32 and rounded once at the end.
+
+Shape legend: B batch, K key/value heads, n query blocks, c key blocks, A anchors a block, U groups of g query rows, J
+leaves of m keys (those of block 0 first, as many for every block), O opened leaves a group, D head dim.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from muse_dist.kernels import reference
+from muse_dist.kernels.reference import Moments
+
+__all__ = ["Moments", "Sight", "far_field", "far_field_backward", "moments", "moments_backward", "seen_blocks"]
+
+
+class Sight(NamedTuple):
+    """Which key blocks the far field of a query block reads, by the blocks' places in the whole sequence."""
+
+    query: Tensor  # int32 [n] place of every query block
+    key: Tensor  # int32 [c] place of every key block
+    halo: int  # blocks next to the own one that the near field reads
+    causal: bool  # only earlier blocks are seen
+
+
+def seen_blocks(sight: Sight) -> Tensor:
+    """bool [n, c]: whether the far field of a query block reads the leaves of a key block."""
+    distance = sight.query[:, None] - sight.key
+    return distance > sight.halo if sight.causal else distance.abs() > sight.halo
+
+
+def moments(
+    anchor: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, valid: Tensor | None = None
+) -> Moments:
+    """Moments of every leaf about every anchor of the query blocks that see it.
+
+    Args:
+        anchor: [B, K, n, A, D]; k, v: [B, K, J, m, D] of the same dtype; valid: bool [J, m], which keys exist (a key
+            that does not is finite); all if None.
+    Returns:
+        Moments; key and value [B, K, n, A, J, D] in the dtype of k, mass and trace [B, K, n, A, J] in at least fp32.
+        Leaves that a block does not see are unspecified there: read them only through `sight`.
+    """
+    work = _work(k)
+    parts = [reference.moments(a, k.to(work), v.to(work), scale, valid) for a in anchor.to(work).unbind(2)]
+    mass, key, value, trace = (torch.stack(x, 2) for x in zip(*parts))
+    return Moments(mass, key.to(k.dtype), value.to(k.dtype), trace)
+
+
+def moments_backward(
+    grad: Moments, anchor: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients (dk, dv) [B, K, J, m, D] of `moments`, given those of its results. Anchors are constants.
+
+    Args:
+        grad: gradients in the shapes of the moments; read only where a block sees a leaf.
+        anchor, k, v, sight, scale, valid: as in `moments`.
+    """
+    work = _work(k)
+    anchor, keys, values = (x.to(work) for x in (anchor, k, v))
+    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+    for i, seen in enumerate(_seen_leaves(sight, k.shape[2])):
+        here = _only(Moments(*(x[:, :, i].to(work) for x in grad)), seen)
+        out = reference.moments(anchor[:, :, i], keys, values, scale, valid)
+        for total, part in zip((dk, dv), reference.moments_backward(
+                here, anchor[:, :, i], keys, values, out, scale, valid)):
+            total += part
+    return dk.to(k.dtype), dv.to(v.dtype)
+
+
+def far_field(
+    q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None, sight: Sight,
+    scale: float, trace: bool, valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of groups of query rows to far leaves: to the keys of the opened ones, to the moments of the others.
+
+    Args:
+        q: [B, K, n, U, g, D]; anchor: [B, K, n, A, D], anchor a serves groups a*U/A to (a+1)*U/A - 1.
+        leaf: `moments` of the leaves about these anchors.
+        k, v: [B, K, J, m, D]; opened: integers [B, K, n, U, O], different leaves that the group's block sees, -1 for
+            an empty slot. All three None if nothing is opened.
+        trace: whether the logits have the second-order term; valid: bool [J, m], which keys exist; all if None.
+    Returns:
+        out [B, K, n, U, g, D] in the dtype of q and lse [B, K, n, U, g] in at least fp32; 0 and -inf for a group that
+        sees nothing.
+    """
+    work = _work(q)
+    results = []
+    for i, seen in enumerate(_seen_leaves(sight, leaf.mass.shape[-1])):
+        rows, about, here, choice, hidden = _block(i, seen, q, anchor, leaf, opened)
+        parts = [reference.far_field(rows, about, here, hidden, scale, trace)]
+        if choice is not None and choice.shape[-1] and k is not None and v is not None:
+            parts.append(reference.opened_leaves(rows, k.to(work), v.to(work), choice, scale, valid))
+        results.append(reference.merge(parts))
+    out, lse = (torch.stack(x, 2) for x in zip(*results))
+    return out.to(q.dtype), lse
+
+
+def far_field_backward(
+    dout: Tensor, q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None,
+    lse: Tensor, delta: Tensor, sight: Sight, scale: float, trace: bool, valid: Tensor | None = None,
+) -> tuple[Tensor, Moments, Tensor | None, Tensor | None]:
+    """Gradients of `far_field` for q, for the moments, and for k and v as far as they were opened.
+
+    Args:
+        dout: [B, K, n, U, g, D]; lse, delta: fp32 [B, K, n, U, g] of the merged softmax, where lse = inf takes a row
+            out; the others as in `far_field`.
+    Returns:
+        dq, the gradients of the moments (unspecified where the moments are), dk and dv (None without opened leaves).
+    """
+    work = _work(q)
+    dq = torch.zeros_like(q, dtype=work)
+    dk, dv = (None if opened is None or x is None else torch.zeros_like(x, dtype=work) for x in (k, v))
+    grads = []
+    for i, seen in enumerate(_seen_leaves(sight, leaf.mass.shape[-1])):
+        rows, about, here, choice, hidden = _block(i, seen, q, anchor, leaf, opened)
+        d_rows, at, shift = dout[:, :, i].to(work), lse[:, :, i].to(work), delta[:, :, i].to(work)
+        dq[:, :, i], grad = reference.far_field_backward(d_rows, rows, about, here, hidden, at, shift, scale, trace)
+        grads.append(grad)
+        if choice is not None and choice.shape[-1] and k is not None and v is not None and dk is not None:
+            d_opened, *d_leaves = reference.opened_leaves_backward(
+                d_rows, rows, k.to(work), v.to(work), choice, at, shift, scale, valid)
+            dq[:, :, i] += d_opened
+            dk, dv = dk + d_leaves[0], dv + d_leaves[1]
+    mass, key, value, d_trace = (torch.stack(x, 2) for x in zip(*grads))
+    moment_grads = Moments(mass, key.to(q.dtype), value.to(q.dtype), d_trace)
+    return dq.to(q.dtype), moment_grads, _rounded(dk, q), _rounded(dv, q)
+
+
+def _block(
+    i: int, seen: Tensor, q: Tensor, anchor: Tensor, leaf: Moments, opened: Tensor | None
+) -> tuple[Tensor, Tensor, Moments, Tensor | None, Tensor]:
+    """Query rows, anchors, moments, opened leaves and hidden leaves [B, K, U, J] of query block i."""
+    work = _work(q)
+    here = _only(Moments(*(x[:, :, i].to(work) for x in leaf)), seen)
+    choice = None if opened is None else opened[:, :, i].long()
+    none = torch.full((*q.shape[:2], q.shape[3], 0), -1, dtype=torch.int64, device=q.device)
+    return q[:, :, i].to(work), anchor[:, :, i].to(work), here, choice, reference.hidden_leaves(
+        none if choice is None else choice, seen)
+
+
+def _work(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _rounded(x: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if x is None else x.to(like.dtype)
+
+
+def _seen_leaves(sight: Sight, leaves: int) -> Tensor:
+    """bool [n, J]: whether a query block sees a leaf."""
+    return seen_blocks(sight).repeat_interleave(leaves // sight.key.shape[0], -1)
+
+
+def _only(leaf: Moments, seen: Tensor) -> Moments:
+    """Moments with zeros for the leaves [J] out of sight, where anything may stand."""
+    return Moments(*(torch.where(seen if x.dim() == leaf.mass.dim() else seen[:, None], x, 0.0) for x in leaf))

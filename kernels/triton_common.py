@@ -1,0 +1,131 @@
+"""What the Triton kernels share: tile sizes, checks of their arguments, and small device functions.
+
+The kernels address memory in int64, multiply in the dtype of their inputs, add up in fp32 and take softmaxes in base 2.
+Head dims and leaf sizes that are no power of two are padded to one with masks.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from muse_dist.kernels.plain_blocks import Sight, seen_blocks
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LEAF_BYTES = 64 * 1024  # of the keys of a padded leaf that a program holds on chip
+
+
+class Tile(NamedTuple):
+    """Launch shape of a kernel."""
+
+    rows: int  # query rows or anchors in a tile, a power of two >= 16
+    keys: int  # keys or leaves in a tile, a power of two from 16 to 64
+    warps: int
+    stages: int  # tiles in flight
+
+
+def forward_tile(dim: int, dtype: torch.dtype) -> Tile:
+    """Pinned tile of the forward kernels for head dim `dim`."""
+    row_bytes = padded(dim) * dtype.itemsize
+    if row_bytes <= 128:
+        return Tile(64, 64, 4, 3)
+    if row_bytes <= 256:
+        return Tile(64, 64, 4, 2)
+    return Tile(64, 32, 4, 2) if row_bytes <= 512 else Tile(32, 16, 4, 1)
+
+
+def backward_tile(dim: int, dtype: torch.dtype) -> Tile:
+    """Pinned tile of the backward kernels for head dim `dim`."""
+    row_bytes = padded(dim) * dtype.itemsize
+    if row_bytes <= 128:
+        return Tile(64, 64, 4, 2)
+    if row_bytes <= 256:
+        return Tile(64, 64, 8, 2)
+    return Tile(32, 32, 4, 1) if row_bytes <= 512 else Tile(16, 16, 4, 1)
+
+
+def padded(size: int) -> int:
+    """The power of two that tiles of `size` take; tl.dot needs 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def check_kernel_inputs(dim: int, leaf: int, **tensors: Tensor | None) -> None:
+    """Raise ValueError for what the kernels cannot run: dtypes, head dims above 256, leaves too large for the chip."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first, dtype = next((name, x.dtype) for name, x in given.items())
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"{first} is {dtype}: the Triton kernels take bfloat16, float16 and float32; cast it or take "
+                         "backend='torch'")
+    for name, x in given.items():
+        if x.dtype != dtype or x.device != given[first].device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, but {first} is {dtype} on {given[first].device}: "
+                             "they must agree")
+    if dim > 256:
+        raise ValueError(f"head dim {dim}: the Triton kernels take at most 256; take backend='torch'")
+    most = LEAF_BYTES // (padded(dim) * dtype.itemsize)
+    if padded(leaf) > most:
+        raise ValueError(f"leaf={leaf}: with head dim {dim} in {dtype} the Triton kernels take at most {most}; "
+                         "take smaller leaves or backend='torch'")
+
+
+def leaf_span(sight: Sight, per_block: int) -> Tensor:
+    """int32 [n, 2]: the first leaf that a query block sees, and the one behind the last."""
+    return _span(seen_blocks(sight)) * per_block
+
+
+def anchor_span(sight: Sight, per_block: int) -> Tensor:
+    """int32 [c, 2]: the first anchor that sees a key block, counted through all blocks, and the one behind the last."""
+    return _span(seen_blocks(sight).T) * per_block
+
+
+def _span(seen: Tensor) -> Tensor:
+    """First and one behind the last True of every row of bool [x, y]; 0 and 0 where there is none. No host sync."""
+    count = seen.shape[1]
+    place = torch.arange(count, device=seen.device, dtype=torch.int32)
+    last = torch.where(seen, place + 1, 0).amax(1)
+    first = torch.where(seen, place, count).amin(1)
+    return torch.stack([torch.minimum(first, last), last], 1)
+
+
+@triton.jit
+def sees(query, key, halo, CAUSAL: tl.constexpr):
+    """Whether the far field of a query block reads a key block, by their places in the sequence."""
+    distance = query - key
+    return distance > halo if CAUSAL else (distance > halo) | (distance < -halo)
+
+
+@triton.jit
+def load_rows(pointer, row, ok, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
+    """Rows [len(row), DIM_PAD] of a matrix with DIM columns, zeros where not ok and in the padding."""
+    column = tl.arange(0, DIM_PAD)
+    mask = ok[:, None]
+    if DIM != DIM_PAD:
+        mask = mask & (column < DIM)[None, :]
+    return tl.load(pointer + row[:, None] * DIM + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, row, ok, x, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
+    """The inverse of `load_rows`."""
+    column = tl.arange(0, DIM_PAD)
+    mask = ok[:, None]
+    if DIM != DIM_PAD:
+        mask = mask & (column < DIM)[None, :]
+    tl.store(pointer + row[:, None] * DIM + column[None, :], x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_vector(pointer, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
+    """fp32 [DIM_PAD], zeros in the padding."""
+    column = tl.arange(0, DIM_PAD)
+    return tl.load(pointer + column, mask=column < DIM, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_base2(lse, row, ok):
+    """Log-sum-exps in base 2, so that exp2(logit - them) is 0 in rows that read nothing or are not there."""
+    x = tl.load(lse + row, mask=ok, other=float("inf")) * LOG2E
+    return tl.where(x == float("-inf"), 0.0, x)

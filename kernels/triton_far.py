@@ -1,0 +1,206 @@
+"""Far field and opened leaves in one pass over the query groups: forward, and what the backward shares with it.
+
+A program takes one group of query rows (or a tile of a large one). It walks over tiles of leaves, which it sees through
+their moments, then over the keys of the leaves its group has opened, with one online softmax.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from muse_dist.kernels.plain_blocks import Moments, Sight
+from muse_dist.kernels.triton_common import (
+    LOG2E, Tile, check_kernel_inputs, forward_tile, leaf_span, load_rows, load_vector, padded, sees, store_rows,
+)
+
+
+def far_field(
+    q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None, sight: Sight,
+    scale: float, trace: bool, valid: Tensor | None = None, *, tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of groups of query rows to far leaves: to the keys of the opened ones, to the moments of the others.
+
+    Args:
+        q: [B, K, n, U, g, D]; anchor: [B, K, n, A, D], anchor a serves groups a*U/A to (a+1)*U/A - 1.
+        leaf: `moments` of the leaves about these anchors.
+        k, v: [B, K, J, m, D]; opened: integers [B, K, n, U, O], different leaves that the group's block sees, -1 for
+            an empty slot. All three None if nothing is opened.
+        trace: whether the logits have the second-order term; valid: bool [J, m], which keys exist; all if None.
+        tile: launch shape; pinned by head dim and dtype if None.
+    Returns:
+        out [B, K, n, U, g, D] in the dtype of q and lse [B, K, n, U, g] in fp32; 0 and -inf for a group that sees
+        nothing.
+    """
+    tile = forward_tile(q.shape[-1], q.dtype) if tile is None else tile
+    call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, tile)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    _forward[call.by_group](
+        *call.tensors, leaf_span(sight, call.per_block), out, lse, *call.numbers, **call.constants)
+    return out, lse
+
+
+class FarCall:
+    """The arguments of a far-field launch, checked, contiguous, and in the order in which the kernels take them."""
+
+    def __init__(
+        self, q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None,
+        sight: Sight, scale: float, trace: bool, valid: Tensor | None, tile: Tile,
+    ) -> None:
+        blocks, groups, size, dim = q.shape[2:]
+        anchors, leaves = leaf.mass.shape[-2:]
+        keys = 1 if k is None else k.shape[3]
+        check_kernel_inputs(dim, keys, q=q, anchor=anchor, leaf_key=leaf.key, leaf_value=leaf.value, k=k, v=v)
+        slots = 0 if opened is None else opened.shape[-1]
+        q, anchor = q.contiguous(), anchor.contiguous()
+        leaf = Moments(*(x.contiguous() for x in leaf))
+        shift = _shift(anchor, leaf, sight, scale)
+        self.per_block = leaves // sight.key.shape[0]
+        self.tensors = (
+            q, anchor, shift, leaf.key, leaf.value, leaf.trace if trace else None,
+            *(None if x is None or not slots else x.contiguous() for x in (k, v)),
+            None if valid is None else valid.contiguous().view(torch.uint8),
+            None if opened is None or not slots else opened.contiguous(), sight.query, sight.key)
+        self.numbers = (scale, blocks, groups, leaves, sight.halo)
+        rows = min(tile.rows, padded(size))
+        self.row_tiles = -(-size // rows)
+        self.by_group = (blocks * groups * self.row_tiles, q.shape[0] * q.shape[1])
+        self.constants = {
+            "SIZE": size, "PARTS": anchors, "PER_BLOCK": self.per_block, "LEAF": keys, "SLOTS": slots, "DIM": dim,
+            "CAUSAL": sight.causal, "TRACE": trace, "HAS_VALID": valid is not None, "ROWS": rows,
+            "LEAVES": tile.keys, "KEYS": min(tile.keys, padded(keys)), "SLOTS_PAD": padded(slots),
+            "DIM_PAD": padded(dim), "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _shift(anchor: Tensor, leaf: Moments, sight: Sight, scale: float) -> Tensor:
+    """mass - scale * anchor.key in base 2, fp32 [B, K, n, A, J]: the logit of a leaf for the query 0.
+
+    With it a logit is shift + scale * q.key: queries are multiplied as they came, not rounded minus the anchor.
+    """
+    blocks, parts, dim = anchor.shape[2:]
+    leaves = leaf.mass.shape[-1]
+    shift = torch.empty(leaf.mass.shape, dtype=torch.float32, device=anchor.device)
+    rows = 64
+    grid = (-(-leaves // rows), blocks * parts, anchor.shape[0] * anchor.shape[1])
+    _shift_kernel[grid](
+        anchor, leaf.mass, leaf.key, leaf_span(sight, leaves // sight.key.shape[0]), shift, scale, blocks, leaves,
+        PARTS=parts, ROWS=rows, DIM=dim, DIM_PAD=padded(dim))
+    return shift
+
+
+@triton.jit
+def _shift_kernel(anchor, mass, key, span, shift, scale, blocks, leaves, PARTS: tl.constexpr, ROWS: tl.constexpr,
+                  DIM: tl.constexpr, DIM_PAD: tl.constexpr):
+    part = tl.program_id(1)
+    at = tl.program_id(2).to(tl.int64) * blocks * PARTS + part
+    leaf = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ok = (leaf >= tl.load(span + part // PARTS * 2)) & (leaf < tl.load(span + part // PARTS * 2 + 1))
+    about = load_vector(anchor + at * DIM, DIM, DIM_PAD)
+    keys = load_rows(key + at * leaves * DIM, leaf, ok, DIM, DIM_PAD).to(tl.float32)
+    logit = tl.load(mass + at * leaves + leaf, mask=ok, other=0.0) - scale * tl.sum(keys * about[None, :], 1)
+    tl.store(shift + at * leaves + leaf, logit * LOG2E, mask=ok)
+
+
+@triton.jit
+def opened_bits(opened, start, COUNT: tl.constexpr):
+    """int64 whose bit i says whether leaf start + i, i < COUNT <= 64, is among the different leaves `opened`."""
+    place = opened.to(tl.int64) - start
+    inside = (place >= 0) & (place < COUNT)
+    return tl.sum(tl.where(inside, 1, 0).to(tl.int64) << tl.where(inside, place, 0), 0)
+
+
+@triton.jit
+def shown_leaves(leaf, start, stop, query_id, key_ids, opened, halo, PER_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+                 SLOTS: tl.constexpr, COUNT: tl.constexpr):
+    """Which of the leaves start to start + COUNT - 1 a group sees through their moments."""
+    ok = leaf < stop
+    ok = ok & sees(query_id, tl.load(key_ids + leaf // PER_BLOCK, mask=ok, other=0), halo, CAUSAL)
+    if SLOTS > 0:
+        bits = opened_bits(opened, start, COUNT)
+        ok = ok & (((bits >> (leaf - start).to(tl.int64)) & 1) == 0)
+    return ok
+
+
+@triton.jit
+def load_slots(opened, at, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr):
+    """Opened leaves [SLOTS_PAD] of group `at`; -1 in empty slots."""
+    slot = tl.arange(0, SLOTS_PAD)
+    return tl.load(opened + at * SLOTS + slot, mask=slot < SLOTS, other=-1)
+
+
+@triton.jit
+def _absorb(out, top, total, logit, values):
+    """One step of the online softmax in base 2: out [rows, D] under the largest logit `top`, and its weights' sum."""
+    new = tl.maximum(top, tl.max(logit, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(logit - base[:, None])
+    keep = tl.exp2(top - base)
+    out = tl.dot(p.to(values.dtype), values, out * keep[:, None], input_precision="ieee")
+    return out, new, total * keep + tl.sum(p, 1)
+
+
+@triton.jit
+def squared_steps(rows, about):
+    """|q - a|^2 of every row of a tile, in fp32."""
+    step = rows.to(tl.float32) - about[None, :]
+    return tl.sum(step * step, 1)
+
+
+@triton.jit
+def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, query_ids, key_ids, span, out, lse, scale,
+             blocks, groups, leaves, halo, SIZE: tl.constexpr, PARTS: tl.constexpr, PER_BLOCK: tl.constexpr,
+             LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, TRACE: tl.constexpr,
+             HAS_VALID: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr,
+             SLOTS_PAD: tl.constexpr, DIM_PAD: tl.constexpr):
+    row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
+    batch = tl.program_id(1).to(tl.int64)
+    group = blocks * groups - 1 - tl.program_id(0) // row_tiles  # late blocks, which see most, start first
+    block = group // groups
+    at = batch * blocks * groups + group
+    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
+    inside = row < SIZE
+    rows = load_rows(q + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
+    part = (batch * blocks + block) * PARTS + group % groups * PARTS // groups
+    query_id = tl.load(query_ids + block)
+    scale2 = scale * LOG2E
+    slots = 0
+    if SLOTS > 0:
+        slots = load_slots(opened, at, SLOTS, SLOTS_PAD)
+    if TRACE:
+        about = load_vector(anchor + part * DIM, DIM, DIM_PAD)
+        square = squared_steps(rows, about) * (0.5 * scale * scale2)
+
+    total_out = tl.zeros((ROWS, DIM_PAD), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    stop = tl.load(span + 2 * block + 1)
+    for start in range(tl.load(span + 2 * block), stop, LEAVES):
+        leaf = start + tl.arange(0, LEAVES)
+        ok = shown_leaves(leaf, start, stop, query_id, key_ids, slots, halo, PER_BLOCK, CAUSAL, SLOTS, LEAVES)
+        mean_key = load_rows(key + part * leaves * DIM, leaf, ok, DIM, DIM_PAD)
+        logit = tl.dot(rows, tl.trans(mean_key), input_precision="ieee") * scale2
+        logit += tl.load(shift + part * leaves + leaf, mask=ok, other=float("-inf"))[None, :]
+        if TRACE:
+            spread = tl.load(trace + part * leaves + leaf, mask=ok, other=0.0)
+            logit += square[:, None] * spread[None, :]
+        mean_value = load_rows(value + part * leaves * DIM, leaf, ok, DIM, DIM_PAD)
+        total_out, top, total = _absorb(total_out, top, total, logit, mean_value)
+    if SLOTS > 0:
+        key_tiles: tl.constexpr = (LEAF + KEYS - 1) // KEYS
+        for turn in range(SLOTS * key_tiles):
+            leaf_id = tl.load(opened + at * SLOTS + turn // key_tiles).to(tl.int64)
+            place = turn % key_tiles * KEYS + tl.arange(0, KEYS)
+            ok = (place < LEAF) & (leaf_id >= 0)
+            if HAS_VALID:
+                ok = ok & (tl.load(valid + leaf_id * LEAF + place, mask=ok, other=0) != 0)
+            first = (batch * leaves + leaf_id) * LEAF * DIM
+            keys = load_rows(k + first, place, ok, DIM, DIM_PAD)
+            logit = tl.dot(rows, tl.trans(keys), input_precision="ieee") * scale2
+            logit = tl.where(ok[None, :], logit, float("-inf"))
+            values = load_rows(v + first, place, ok, DIM, DIM_PAD)
+            total_out, top, total = _absorb(total_out, top, total, logit, values)
+    result = total_out / tl.where(total > 0, total, 1.0)[:, None]
+    store_rows(out + at * SIZE * DIM, row, inside, result, DIM, DIM_PAD)
+    tl.store(lse + at * SIZE + row, (top + tl.log2(total)) / LOG2E, mask=inside)

@@ -1,0 +1,191 @@
+"""Backward of the far field and the opened leaves, in three kernels that each own what they write: no atomics.
+
+Queries: a program a group, the loop of the forward again. Moments: a program an anchor and a tile of leaves, over the
+rows that use the anchor. Opened keys: a program a leaf, over the groups that opened it.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from muse_dist.kernels.leaf_readers import leaf_readers
+from muse_dist.kernels.plain_blocks import Moments, Sight
+from muse_dist.kernels.triton_common import (
+    LOG2E, Tile, backward_tile, leaf_span, load_base2, load_rows, load_vector, store_rows,
+)
+from muse_dist.kernels.triton_far import FarCall, load_slots, opened_bits, shown_leaves, squared_steps
+from muse_dist.kernels.triton_opened_backward import opened_backward
+
+
+def far_field_backward(
+    dout: Tensor, q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None,
+    lse: Tensor, delta: Tensor, sight: Sight, scale: float, trace: bool, valid: Tensor | None = None, *,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Moments, Tensor | None, Tensor | None]:
+    """Gradients of `far_field` for q, for the moments, and for k and v as far as they were opened.
+
+    Args:
+        dout: [B, K, n, U, g, D]; lse, delta: fp32 [B, K, n, U, g] of the merged softmax, where lse = inf takes a row
+            out; the others as in `far_field`.
+    Returns:
+        dq, the gradients of the moments (not written where the moments are not), dk and dv (None without opened
+        leaves).
+    """
+    tile = backward_tile(q.shape[-1], q.dtype) if tile is None else tile
+    call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, tile)
+    dout, lse, delta = dout.contiguous(), lse.contiguous(), delta.contiguous()
+    span = leaf_span(sight, call.per_block)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    square = torch.empty(lse.shape, dtype=torch.float32, device=q.device) if trace else None
+    _query_backward[call.by_group](
+        *call.tensors, span, dout, lse, delta, dq, square, *call.numbers, **call.constants)
+    grad = Moments(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in leaf))
+    if not trace:
+        grad.trace.zero_()
+    tiles = -(-leaf.mass.shape[-1] // tile.keys)
+    _moment_backward[tiles, anchor.shape[2] * anchor.shape[3], q.shape[0] * q.shape[1]](
+        *call.tensors, span, dout, lse, delta, square, *grad, *call.numbers, **call.constants)
+    if k is None or v is None or opened is None:
+        return dq, grad, None, None
+    readers = leaf_readers(opened.reshape(q.shape[0] * q.shape[1], -1, opened.shape[-1]), k.shape[2])
+    dk, dv = opened_backward(dout, q, k, v, lse, delta, readers, scale, valid, tile)
+    return dq, grad, dk, dv
+
+
+@triton.jit
+def _query_step(dq, logit, base, rows_up, delta, keys, values):
+    """Adds the part of dq that some keys give, and returns the gradient of their logits too."""
+    p = tl.exp2(logit - base[:, None])
+    d_logit = p * (tl.dot(rows_up, tl.trans(values), input_precision="ieee") - delta[:, None])
+    return tl.dot(d_logit.to(keys.dtype), keys, dq, input_precision="ieee"), d_logit
+
+
+@triton.jit
+def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, query_ids, key_ids, span, dout, lse,
+                    delta, dq, squares, scale, blocks, groups, leaves, halo, SIZE: tl.constexpr, PARTS: tl.constexpr,
+                    PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
+                    CAUSAL: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr, ROWS: tl.constexpr,
+                    LEAVES: tl.constexpr, KEYS: tl.constexpr, SLOTS_PAD: tl.constexpr, DIM_PAD: tl.constexpr):
+    row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
+    batch = tl.program_id(1).to(tl.int64)
+    group = blocks * groups - 1 - tl.program_id(0) // row_tiles
+    block = group // groups
+    at = batch * blocks * groups + group
+    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
+    inside = row < SIZE
+    rows = load_rows(q + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
+    rows_up = load_rows(dout + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
+    base = load_base2(lse + at * SIZE, row, inside)
+    shared = tl.load(delta + at * SIZE + row, mask=inside, other=0.0)
+    part = (batch * blocks + block) * PARTS + group % groups * PARTS // groups
+    query_id = tl.load(query_ids + block)
+    scale2 = scale * LOG2E
+    slots = 0
+    if SLOTS > 0:
+        slots = load_slots(opened, at, SLOTS, SLOTS_PAD)
+    if TRACE:
+        about = load_vector(anchor + part * DIM, DIM, DIM_PAD)
+        square = squared_steps(rows, about)
+        tl.store(squares + at * SIZE + row, square, mask=inside)
+        square *= 0.5 * scale * scale2
+        outward = tl.zeros((ROWS,), tl.float32)
+
+    grad = tl.zeros((ROWS, DIM_PAD), tl.float32)
+    stop = tl.load(span + 2 * block + 1)
+    for start in range(tl.load(span + 2 * block), stop, LEAVES):
+        leaf = start + tl.arange(0, LEAVES)
+        ok = shown_leaves(leaf, start, stop, query_id, key_ids, slots, halo, PER_BLOCK, CAUSAL, SLOTS, LEAVES)
+        mean_key = load_rows(key + part * leaves * DIM, leaf, ok, DIM, DIM_PAD)
+        mean_value = load_rows(value + part * leaves * DIM, leaf, ok, DIM, DIM_PAD)
+        logit = tl.dot(rows, tl.trans(mean_key), input_precision="ieee") * scale2
+        logit += tl.load(shift + part * leaves + leaf, mask=ok, other=float("-inf"))[None, :]
+        if TRACE:
+            spread = tl.load(trace + part * leaves + leaf, mask=ok, other=0.0)
+            logit += square[:, None] * spread[None, :]
+        grad, d_logit = _query_step(grad, logit, base, rows_up, shared, mean_key, mean_value)
+        if TRACE:
+            outward += tl.sum(d_logit * spread[None, :], 1)
+    if SLOTS > 0:
+        key_tiles: tl.constexpr = (LEAF + KEYS - 1) // KEYS
+        for turn in range(SLOTS * key_tiles):
+            leaf_id = tl.load(opened + at * SLOTS + turn // key_tiles).to(tl.int64)
+            place = turn % key_tiles * KEYS + tl.arange(0, KEYS)
+            ok = (place < LEAF) & (leaf_id >= 0)
+            if HAS_VALID:
+                ok = ok & (tl.load(valid + leaf_id * LEAF + place, mask=ok, other=0) != 0)
+            first = (batch * leaves + leaf_id) * LEAF * DIM
+            keys = load_rows(k + first, place, ok, DIM, DIM_PAD)
+            values = load_rows(v + first, place, ok, DIM, DIM_PAD)
+            logit = tl.dot(rows, tl.trans(keys), input_precision="ieee") * scale2
+            logit = tl.where(ok[None, :], logit, float("-inf"))
+            grad, d_logit = _query_step(grad, logit, base, rows_up, shared, keys, values)
+    grad *= scale
+    if TRACE:
+        grad += scale * scale * outward[:, None] * (rows.to(tl.float32) - about[None, :])
+    store_rows(dq + at * SIZE * DIM, row, inside, grad, DIM, DIM_PAD)
+
+
+@triton.jit
+def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, query_ids, key_ids, span, dout, lse,
+                     delta, squares, d_mass, d_key, d_value, d_trace, scale, blocks, groups, leaves, halo,
+                     SIZE: tl.constexpr, PARTS: tl.constexpr, PER_BLOCK: tl.constexpr, LEAF: tl.constexpr,
+                     SLOTS: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, TRACE: tl.constexpr,
+                     HAS_VALID: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr,
+                     SLOTS_PAD: tl.constexpr, DIM_PAD: tl.constexpr):
+    start = tl.program_id(0) * LEAVES
+    batch = tl.program_id(2).to(tl.int64)
+    block = blocks - 1 - tl.program_id(1) // PARTS
+    stop = tl.load(span + 2 * block + 1)
+    if (start >= stop) | (start + LEAVES <= tl.load(span + 2 * block)):
+        return
+    nth = tl.program_id(1) % PARTS
+    part = (batch * blocks + block) * PARTS + nth
+    leaf = start + tl.arange(0, LEAVES)
+    seen = shown_leaves(leaf, start, stop, tl.load(query_ids + block), key_ids, 0, halo, PER_BLOCK, CAUSAL, 0, LEAVES)
+    mean_key = load_rows(key + part * leaves * DIM, leaf, seen, DIM, DIM_PAD)
+    mean_value = load_rows(value + part * leaves * DIM, leaf, seen, DIM, DIM_PAD)
+    offset = tl.load(shift + part * leaves + leaf, mask=seen, other=float("-inf"))
+    scale2 = scale * LOG2E
+    if TRACE:
+        spread = tl.load(trace + part * leaves + leaf, mask=seen, other=0.0) * (0.5 * scale * scale2)
+        grad_trace = tl.zeros((LEAVES,), tl.float32)
+    grad_key = tl.zeros((LEAVES, DIM_PAD), tl.float32)
+    grad_value = tl.zeros((LEAVES, DIM_PAD), tl.float32)
+    grad_mass = tl.zeros((LEAVES,), tl.float32)
+    rounded_mass = tl.zeros((LEAVES,), tl.float32)
+
+    row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
+    first = (batch * blocks + block) * groups + nth * (groups // PARTS)
+    for turn in range(groups // PARTS * row_tiles):
+        at = first + turn // row_tiles
+        row = turn % row_tiles * ROWS + tl.arange(0, ROWS)
+        inside = row < SIZE
+        rows = load_rows(q + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
+        rows_up = load_rows(dout + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
+        logit = tl.dot(mean_key, tl.trans(rows), input_precision="ieee") * scale2 + offset[:, None]
+        if TRACE:
+            square = tl.load(squares + at * SIZE + row, mask=inside, other=0.0)
+            logit += spread[:, None] * square[None, :]
+        if SLOTS > 0:
+            bits = opened_bits(load_slots(opened, at, SLOTS, SLOTS_PAD), start, LEAVES)
+            hidden = ((bits >> tl.arange(0, LEAVES).to(tl.int64)) & 1) != 0
+            logit = tl.where(hidden[:, None], float("-inf"), logit)
+        p = tl.exp2(logit - load_base2(lse + at * SIZE, row, inside)[None, :])
+        shared = tl.load(delta + at * SIZE + row, mask=inside, other=0.0)
+        d_logit = p * (tl.dot(mean_value, tl.trans(rows_up), input_precision="ieee") - shared[None, :])
+        rounded = d_logit.to(rows.dtype)
+        grad_value = tl.dot(p.to(rows.dtype), rows_up, grad_value, input_precision="ieee")
+        grad_key = tl.dot(rounded, rows, grad_key, input_precision="ieee")
+        grad_mass += tl.sum(d_logit, 1)
+        rounded_mass += tl.sum(rounded.to(tl.float32), 1)
+        if TRACE:
+            grad_trace += tl.sum(d_logit * square[None, :], 1)
+    about = load_vector(anchor + part * DIM, DIM, DIM_PAD)
+    grad_key = scale * (grad_key - rounded_mass[:, None] * about[None, :])
+    store_rows(d_key + part * leaves * DIM, leaf, seen, grad_key, DIM, DIM_PAD)
+    store_rows(d_value + part * leaves * DIM, leaf, seen, grad_value, DIM, DIM_PAD)
+    tl.store(d_mass + part * leaves + leaf, grad_mass, mask=seen)
+    if TRACE:
+        tl.store(d_trace + part * leaves + leaf, 0.5 * scale * scale * grad_trace, mask=seen)

@@ -1,0 +1,106 @@
+"""Gradients of the keys and values of opened leaves: a program holds one leaf and walks over the groups that opened it.
+
+A leaf that very many groups opened is shared by several programs; their partial sums are added up in order.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from muse_dist.kernels.leaf_readers import Readers
+from muse_dist.kernels.triton_common import LOG2E, Tile, load_base2, load_rows, padded, store_rows
+
+
+def opened_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, readers: Readers, scale: float,
+    valid: Tensor | None, tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """Gradients (dk, dv) [B, K, J, m, D] of the opened leaves.
+
+    Args:
+        dout, q: [B, K, n, U, g, D]; k, v: [B, K, J, m, D]; lse, delta: fp32 [B, K, n, U, g] of the merged softmax;
+            all contiguous, except k and v.
+        readers: `leaf_readers` of the opened leaves; valid: bool [J, m], which keys exist; all if None.
+    """
+    leaves, leaf, dim = k.shape[2:]
+    batch, size = k.shape[0] * k.shape[1], q.shape[4]
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    partial = torch.empty((max(readers.slots, 1), 2, leaf, dim), dtype=torch.float32, device=k.device)
+    keys = min(tile.keys, padded(leaf))
+    constants = {"LEAF": leaf, "DIM": dim, "KEYS": keys, "DIM_PAD": padded(dim), "num_warps": tile.warps}
+    flags = None if valid is None else valid.contiguous().view(torch.uint8)
+    tiles = -(-leaf // keys)
+    _backward[readers.leaf.shape[0], tiles](
+        dout, q, k.contiguous(), v.contiguous(), flags, lse, delta, *readers[:5], partial, dk, dv, scale, batch,
+        leaves, q.shape[2] * q.shape[3], SIZE=size, HAS_VALID=valid is not None, ROWS=min(tile.rows, padded(size)),
+        num_stages=tile.stages, **constants)
+    _add_partials[leaves * batch, tiles](readers.shared, partial, dk, dv, batch, leaves, **constants)
+    return dk, dv
+
+
+@triton.jit
+def _backward(dout, q, k, v, valid, lse, delta, reader, leaf_of, first_of, last_of, slot_of, partial, dk, dv, scale,
+              batch, leaves, groups, SIZE: tl.constexpr, HAS_VALID: tl.constexpr, ROWS: tl.constexpr,
+              LEAF: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, DIM_PAD: tl.constexpr):
+    item = tl.program_id(0)
+    name = tl.load(leaf_of + item)
+    if name >= leaves * batch:
+        return
+    leaf = name // batch
+    at = (name % batch).to(tl.int64) * leaves + leaf
+    place = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    inside = place < LEAF
+    exists = inside
+    if HAS_VALID:
+        exists = inside & (tl.load(valid + leaf.to(tl.int64) * LEAF + place, mask=inside, other=0) != 0)
+    keys = load_rows(k + at * LEAF * DIM, place, exists, DIM, DIM_PAD)
+    values = load_rows(v + at * LEAF * DIM, place, exists, DIM, DIM_PAD)
+    grad_k = tl.zeros((KEYS, DIM_PAD), tl.float32)
+    grad_v = tl.zeros((KEYS, DIM_PAD), tl.float32)
+
+    row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
+    base = (name % batch).to(tl.int64) * groups
+    for turn in range(tl.load(first_of + item) * row_tiles, tl.load(last_of + item) * row_tiles):
+        group = base + tl.load(reader + turn // row_tiles)
+        row = turn % row_tiles * ROWS + tl.arange(0, ROWS)
+        ok = row < SIZE
+        rows = load_rows(q + group * SIZE * DIM, row, ok, DIM, DIM_PAD)
+        rows_up = load_rows(dout + group * SIZE * DIM, row, ok, DIM, DIM_PAD)
+        logit = tl.dot(keys, tl.trans(rows), input_precision="ieee") * (scale * LOG2E)
+        logit = tl.where(exists[:, None], logit, float("-inf"))
+        p = tl.exp2(logit - load_base2(lse + group * SIZE, row, ok)[None, :])
+        shared = tl.load(delta + group * SIZE + row, mask=ok, other=0.0)
+        d_logit = p * (tl.dot(values, tl.trans(rows_up), input_precision="ieee") - shared[None, :])
+        grad_v = tl.dot(p.to(rows.dtype), rows_up, grad_v, input_precision="ieee")
+        grad_k = tl.dot(d_logit.to(rows.dtype), rows, grad_k, input_precision="ieee")
+    grad_k *= scale
+    slot = tl.load(slot_of + item).to(tl.int64)
+    if slot < 0:
+        store_rows(dk + at * LEAF * DIM, place, inside, grad_k, DIM, DIM_PAD)
+        store_rows(dv + at * LEAF * DIM, place, inside, grad_v, DIM, DIM_PAD)
+    else:
+        store_rows(partial + 2 * slot * LEAF * DIM, place, inside, grad_k, DIM, DIM_PAD)
+        store_rows(partial + (2 * slot + 1) * LEAF * DIM, place, inside, grad_v, DIM, DIM_PAD)
+
+
+@triton.jit
+def _add_partials(shared, partial, dk, dv, batch, leaves, LEAF: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
+                  DIM_PAD: tl.constexpr):
+    name = tl.program_id(0)
+    first = tl.load(shared + 2 * name).to(tl.int64)
+    count = tl.load(shared + 2 * name + 1)
+    if count == 0:
+        return
+    place = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    inside = place < LEAF
+    grad_k = tl.zeros((KEYS, DIM_PAD), tl.float32)
+    grad_v = tl.zeros((KEYS, DIM_PAD), tl.float32)
+    for nth in range(count):
+        slot = first + nth
+        grad_k += load_rows(partial + 2 * slot * LEAF * DIM, place, inside, DIM, DIM_PAD)
+        grad_v += load_rows(partial + (2 * slot + 1) * LEAF * DIM, place, inside, DIM, DIM_PAD)
+    at = (name % batch).to(tl.int64) * leaves + name // batch
+    store_rows(dk + at * LEAF * DIM, place, inside, grad_k, DIM, DIM_PAD)
+    store_rows(dv + at * LEAF * DIM, place, inside, grad_v, DIM, DIM_PAD)

@@ -1,0 +1,346 @@
+"""GPU kernels against their plain twins: on the GPU where there is one, else through Triton's interpreter.
+
+Half precision is held to what exact attention in that precision makes of the same inputs: at most twice its error.
+"""
+import inspect
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
+
+from muse_dist.kernels import (
+    leaf_readers,
+    plain_blocks,
+    triton_far,
+    triton_far_backward,
+    triton_moments,
+    triton_opened_backward,
+)
+from muse_dist.kernels.plain_blocks import Moments, Sight
+from muse_dist.kernels.triton_common import Tile, backward_tile
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DIM = 64 if GPU else 24
+SCALE = 0.3
+SMALL = Tile(16, 16, 4, 1)
+KERNELS = {
+    "moments": triton_moments, "moments_backward": triton_moments, "far_field": triton_far,
+    "far_field_backward": triton_far_backward,
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # numpy's log2(0) is meant
+
+
+def normal(*shape, seed, dtype=torch.float64):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(device=DEVICE, dtype=dtype)
+
+
+def wide(x):
+    """fp64, also of every tensor of a tuple; integers and None as they are."""
+    if isinstance(x, Moments):
+        return Moments(*map(wide, x))
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+class Case:
+    """Inputs of every kernel: blocks of a few leaves, a short last block, some slots of `opened` empty."""
+
+    def __init__(self, dtype=torch.float32, dim=DIM, causal=True, trace=True, size=8, leaf=12, slots=3,
+                 batch=1, heads=2, blocks=4, groups=4, parts=2, per_block=3):
+        self.dtype, self.causal, self.trace, self.leaf = dtype, causal, trace, leaf
+        self.batch, self.heads, self.blocks, self.groups, self.parts = batch, heads, blocks, groups, parts
+        self.per_block = per_block
+        lead, leaves = (self.batch, self.heads), self.blocks * self.per_block
+        spread = (24 / dim) ** 0.5  # logits of one size for every head dim
+        self.q = (spread * (normal(*lead, self.blocks, self.groups, size, dim, seed=1) + 0.5)).to(dtype)
+        self.anchor = self.q.double().unflatten(3, (self.parts, -1)).mean((4, 5)).to(dtype)
+        self.k = (normal(*lead, leaves, leaf, dim, seed=2) + 1).to(dtype)
+        self.v = normal(*lead, leaves, leaf, dim, seed=3, dtype=dtype)
+        self.valid = torch.ones(leaves, leaf, dtype=torch.bool, device=DEVICE)
+        self.valid[-2, leaf // 2:] = False
+        self.valid[-1] = False
+        place = torch.arange(self.blocks, dtype=torch.int32, device=DEVICE)
+        self.sight = Sight(place, place, 1, causal)
+        self.seen = plain_blocks.seen_blocks(self.sight).repeat_interleave(self.per_block, 1)
+        self.opened = self._choose(slots) if slots else None
+        self.dout = normal(*self.q.shape, seed=4, dtype=dtype)
+
+    def _choose(self, slots):
+        """The first leaf, as sinks are, and others at random; the last group has an empty slot."""
+        rank = normal(*self.q.shape[:4], self.seen.shape[1], seed=5)
+        rank[..., 0] = 9
+        best, leaf = rank.masked_fill(~self.seen[:, None], -9).sort(descending=True)
+        chosen = torch.where(best > -9, leaf, -1)[..., :slots].clone()
+        chosen[..., -1, -1] = -1
+        return chosen
+
+    def about(self):
+        return self.anchor, self.k, self.v, self.sight, SCALE, self.valid
+
+    def far(self, leaf):
+        keys = (self.k, self.v) if self.opened is not None else (None, None)
+        return self.q, self.anchor, leaf, *keys, self.opened
+
+    def look(self):
+        return self.sight, SCALE, self.trace, self.valid
+
+    def only_seen(self, x):
+        """The entries [seen, ...] of one field of the moments."""
+        return x[self.seen[:, None].expand(self.batch, self.heads, -1, self.parts, -1)]
+
+    def poisoned(self, leaf):
+        """Moments with NaN wherever a block does not see a leaf."""
+        seen = self.seen[:, None]
+        return Moments(*(torch.where(seen if x.dim() == 5 else seen[..., None], x, torch.nan) for x in leaf))
+
+    def moments(self):
+        """The twin's, rounded to the case's dtype, NaN out of sight."""
+        leaf = plain_blocks.moments(*map(wide, self.about()))
+        return self.poisoned(Moments(leaf.mass.float(), leaf.key.to(self.dtype), leaf.value.to(self.dtype),
+                                     leaf.trace.float()))
+
+    def moment_grads(self):
+        shape = (*self.anchor.shape[:4], self.k.shape[2])
+        grads = [normal(*shape, seed=6), normal(*shape, self.k.shape[-1], seed=7),
+                 normal(*shape, self.k.shape[-1], seed=8), normal(*shape, seed=9)]
+        return self.poisoned(Moments(grads[0].float(), grads[1].to(self.dtype), grads[2].to(self.dtype),
+                                     grads[3].float()))
+
+    def tolerances(self):
+        """Relative RMS errors allowed for (out, dq, dk, dv)."""
+        if self.dtype == torch.float32:
+            return 1e-5, 1e-5, 1e-5, 1e-5
+        inputs = [x.flatten(2, -2) for x in (self.q, self.k, self.v)]
+        dout = self.dout.flatten(2, -2)
+        half, exact = (_exact(inputs, dout, dtype) for dtype in (self.dtype, torch.float64))
+        return tuple(2 * rms_error(a, b) for a, b in zip(half, exact, strict=True))
+
+
+def _exact(inputs, dout, dtype):
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    out = F.scaled_dot_product_attention(*inputs, scale=SCALE)
+    return out.detach(), *torch.autograd.grad(out, inputs, dout.to(dtype))
+
+
+def rms_error(got, want):
+    assert got.shape == want.shape
+    size = want.double().square().mean().sqrt().item()
+    return (got.double() - want.double()).square().mean().sqrt().item() / max(size, 1e-3)
+
+
+def assert_near(got, want, tolerance):
+    """Equal infinities, and a relative RMS error of the rest of at most `tolerance`."""
+    infinite = want.isinf()
+    assert torch.equal(got.isinf(), infinite) and not got.isnan().any()
+    error = rms_error(got.masked_fill(infinite, 0), want.masked_fill(infinite, 0))
+    assert error <= tolerance, f"relative error {error} above {tolerance}"
+
+
+CASES = [
+    {"causal": True, "size": 8, "leaf": 12, "slots": 3},
+    {"causal": False, "size": 20, "leaf": 16, "slots": 4, "trace": False},
+    {"causal": True, "size": 16, "leaf": 5, "slots": 0},
+]
+LARGE = {"causal": True, "size": 64, "leaf": 64, "slots": 3}
+# (dtype, head dim, settings); the interpreter's tl.dot is wrong in bf16.
+COMBINATIONS = [(dtype, DIM, settings) for dtype in (torch.float32, torch.float16) for settings in CASES]
+if GPU:
+    COMBINATIONS += [(torch.bfloat16, dim, case) for dim in (32, 64, 96, 128, 256) for case in (CASES[0], LARGE)]
+    COMBINATIONS += [(dtype, dim, LARGE) for dim in (128, 256) for dtype in (torch.float32, torch.float16)]
+every_combination = pytest.mark.parametrize("dtype, dim, settings", COMBINATIONS, ids=str)
+
+
+def merged(case, leaf):
+    """Log-sum-exp and delta of a softmax over the far field and a little more; the last row of groups is taken out."""
+    out, lse = plain_blocks.far_field(*map(wide, case.far(leaf)), *case.look())
+    lse = (lse + 0.1).float()
+    lse[..., -1] = torch.inf
+    return lse, (case.dout.double() * out).sum(-1).float()
+
+
+def tensors(results, case):
+    """Flat list of what a kernel returned; of moments only what is seen."""
+    found = []
+    for x in [results] if isinstance(results, Moments) else results:
+        found += [case.only_seen(field) for field in x] if isinstance(x, Moments) else [x]
+    return found
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_takes_what_its_twin_takes_and_a_tile(name):
+    kernel = inspect.signature(getattr(KERNELS[name], name))
+    twin = inspect.signature(getattr(plain_blocks, name))
+    *shared, tile = kernel.parameters.values()
+    assert shared == list(twin.parameters.values()) and kernel.return_annotation == twin.return_annotation
+    assert tile.name == "tile" and tile.kind == tile.KEYWORD_ONLY and tile.default is None
+
+
+@every_combination
+def test_moments(dtype, dim, settings):
+    case = Case(dtype, dim, **settings)
+    got = triton_moments.moments(*case.about())
+    want = plain_blocks.moments(*map(wide, case.about()))
+    out = case.tolerances()[0]
+    for field, tolerance in (("mass", 1e-5), ("key", out), ("value", out), ("trace", max(out / 2, 1e-5))):
+        assert_near(case.only_seen(getattr(got, field)), case.only_seen(getattr(want, field)), tolerance)
+    assert got.mass.dtype == got.trace.dtype == torch.float32 and got.key.dtype == got.value.dtype == dtype
+
+
+def test_the_trace_of_close_keys_far_from_the_origin_does_not_cancel():
+    case = Case()
+    case.k = case.k / 1000 + 100
+    got, want = triton_moments.moments(*case.about()), plain_blocks.moments(*map(wide, case.about()))
+    assert_near(case.only_seen(got.trace) * 1e6, case.only_seen(want.trace) * 1e6, 1e-3)
+
+
+@every_combination
+def test_moments_backward(dtype, dim, settings):
+    case = Case(dtype, dim, **settings)
+    grad = case.moment_grads()
+    got = triton_moments.moments_backward(grad, *case.about())
+    want = plain_blocks.moments_backward(wide(grad), *map(wide, case.about()))
+    for x, y, tolerance in zip(got, want, case.tolerances()[2:], strict=True):
+        assert x.dtype == dtype
+        assert_near(x, y, tolerance)
+
+
+@every_combination
+def test_far_field(dtype, dim, settings):
+    case = Case(dtype, dim, **settings)
+    leaf = case.moments()
+    out, lse = triton_far.far_field(*case.far(leaf), *case.look())
+    want, want_lse = plain_blocks.far_field(*map(wide, case.far(leaf)), *case.look())
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert_near(out, want, case.tolerances()[0])
+    assert_near(lse, want_lse, 1e-5)
+    assert lse.isinf().any() == case.causal  # blocks that see nothing
+
+
+@every_combination
+def test_far_field_backward(dtype, dim, settings):
+    case = Case(dtype, dim, **settings)
+    leaf = case.moments()
+    tail = *merged(case, leaf), *case.look()
+    dq, grad, *opened = triton_far_backward.far_field_backward(case.dout, *case.far(leaf), *tail)
+    want_dq, want_grad, *want_opened = plain_blocks.far_field_backward(
+        wide(case.dout), *map(wide, case.far(leaf)), *map(wide, tail))
+    _, at_q, at_k, at_v = case.tolerances()
+    assert_near(dq, want_dq, at_q)
+    for field, tolerance in (("mass", at_k), ("key", at_k), ("value", at_v), ("trace", at_k)):
+        assert_near(case.only_seen(getattr(grad, field)), case.only_seen(getattr(want_grad, field)), tolerance)
+    if case.opened is None:
+        assert opened == want_opened == [None, None]
+    else:
+        assert_near(opened[0], want_opened[0], at_k)
+        assert_near(opened[1], want_opened[1], at_v)
+
+
+def test_leaves_of_one_key_give_exact_attention():
+    case = Case(leaf=1, slots=2)
+    case.valid[:] = True
+    leaf = case.poisoned(triton_moments.moments(*case.about()))
+    out, lse = triton_far.far_field(*case.far(leaf), *case.look())
+    keys, values = (x.flatten(2, 3)[:, :, None, None].double() for x in (case.k, case.v))
+    logits = (SCALE * case.q.double() @ keys.mT).masked_fill(~case.seen[:, None, None], -torch.inf)
+    assert_near(lse, logits.logsumexp(-1), 1e-5)
+    assert_near(out, logits.softmax(-1).nan_to_num(0) @ values, 1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    {"size": 20, "leaf": 20, "slots": 2, "blocks": 4, "per_block": 5, "causal": False, "groups": 2, "parts": 1},
+    {"size": 4, "leaf": 4, "blocks": 9, "per_block": 1, "groups": 2},
+], ids=["leaves and rows", "anchors"])
+def test_small_tiles_change_nothing_but_rounding(settings):
+    case = Case(**settings, heads=1)
+    leaf = case.moments()
+    grad = case.moment_grads()
+    for name, args in {
+        "moments": case.about(), "moments_backward": (grad, *case.about()),
+        "far_field": (*case.far(leaf), *case.look()),
+        "far_field_backward": (case.dout, *case.far(leaf), *merged(case, leaf), *case.look()),
+    }.items():
+        function = getattr(KERNELS[name], name)
+        small, pinned = (tensors(function(*args, **tile), case) for tile in ({"tile": SMALL}, {}))
+        for x, y in zip(small, pinned, strict=True):
+            assert_near(x, y, 1e-5)
+
+
+def test_results_are_bitwise_repeatable():
+    case = Case(torch.float16)
+    leaf = case.moments()
+    args = case.dout, *case.far(leaf), *merged(case, leaf), *case.look()
+    runs = [tensors(triton_far_backward.far_field_backward(*args), case) for _ in range(2)]
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("longest", [1, 3, 100])
+def test_readers_of_leaves(longest):
+    opened = Case(slots=4).opened.flatten(2, 3).flatten(0, 1)  # [batch, groups, slots]
+    batch, leaves = opened.shape[0], 12
+    readers = leaf_readers.leaf_readers(opened, leaves, longest)
+    found = {}
+    for leaf, first, last, slot in zip(*(x.tolist() for x in readers[1:5]), strict=True):
+        if leaf < leaves * batch:
+            run = readers.group[first:last].tolist()
+            assert len(run) <= longest
+            found.setdefault(leaf, []).append((slot, run))
+    for b in range(batch):
+        for j in range(leaves):
+            runs = found[j * batch + b]
+            want = [u for u in range(opened.shape[1]) if (opened[b, u] == j).any()]
+            assert [u for _, run in runs for u in run] == want
+            start, count = readers.shared[j * batch + b].tolist()
+            assert [slot for slot, _ in runs] == (list(range(start, start + count)) if len(runs) > 1 else [-1])
+            assert start + count <= readers.slots or count == 0
+
+
+def test_leaves_with_many_readers_are_shared_by_programs():
+    case = Case(slots=4)
+    lse, delta = merged(case, case.moments())
+    results = []
+    for longest in (2, 100):
+        readers = leaf_readers.leaf_readers(case.opened.flatten(2, 3).flatten(0, 1), case.k.shape[2], longest)
+        results.append(triton_opened_backward.opened_backward(
+            case.dout, case.q, case.k, case.v, lse, delta, readers, SCALE, case.valid,
+            backward_tile(DIM, case.dtype)))
+    for x, y in zip(*results, strict=True):
+        assert_near(x, y, 1e-5)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"k": lambda x: x.double(), "v": lambda x: x.double(), "anchor": lambda x: x.double()}, "anchor is torch.float64"),
+    ({"v": lambda x: x.half()}, "v is torch.float16"),
+    ({"k": lambda x: x.new_zeros(1, 2, 12, 12, 257), "v": lambda x: x.new_zeros(1, 2, 12, 12, 257)}, "head dim 257"),
+    ({"k": lambda x: x.new_zeros(1, 2, 15, 999, 24), "v": lambda x: x.new_zeros(1, 2, 15, 999, 24)}, "leaf=999"),
+])
+def test_what_the_kernels_cannot_run_is_refused(change, message):
+    case = Case(dim=24)
+    for name, function in change.items():
+        setattr(case, name, function(getattr(case, name)))
+    with pytest.raises(ValueError, match=message):
+        triton_moments.moments(*case.about())
+
+
+@pytest.mark.skipif(not GPU, reason="synchronisation happens on a GPU only")
+def test_nothing_waits_for_the_gpu():
+    case = Case(slots=3)
+    leaf = triton_moments.moments(*case.about())
+    args = case.dout, *case.far(leaf), *merged(case, leaf), *case.look()
+
+    def step():
+        triton_far.far_field(*case.far(triton_moments.moments(*case.about())), *case.look())
+        _, grad, _, _ = triton_far_backward.far_field_backward(*args)
+        triton_moments.moments_backward(grad, *case.about())
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
