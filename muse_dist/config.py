@@ -141,12 +141,12 @@ class MuseConfig:
     @classmethod
     def fast(cls, **changes: Any) -> MuseConfig:
         """The cheapest setting measured within 0.02 nats of exact attention (launch/results)."""
-        return cls(**{"block": 2048, "opened": 8, **changes})
+        return cls(**{"block": 2048, "opened": 12, **changes})
 
     @classmethod
     def accurate(cls, **changes: Any) -> MuseConfig:
         """Within 0.008 nats of exact attention without retraining (launch/results)."""
-        return cls(**{"block": 4096, "opened": 16, **changes})
+        return cls(**{"block": 2048, "halo": 2, "opened": 24, **changes})
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:
