@@ -10,17 +10,26 @@
 implementations that exist. Whole sequences (training, and the prompt of `generate`) run through MuSe. Steps that read a
 cache are exact attention of their few queries to the cached keys. What is neither is refused, never approximated
 silently. No N x N mask is built: a step's mask is queries x keys, and its queries are at most one block.
+
+With `group`, every rank feeds the model its own tokens of the sequence and their positions in it:
+
+    register(config, group=group, layout="zigzag")
+    positions = Layout("zigzag", ranks, tokens, config.block).positions(rank)
+    model(input_ids[:, positions], position_ids=positions[None])
 """
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from muse_dist.attention import muse_attention
+from muse_dist.comm import ByteCounter, ProcessGroup
 from muse_dist.config import MuseConfig
+from muse_dist.layout import Layout, LayoutName
 
 # Options of transformers' attention functions that change the result: what each would need, for the error.
 REFUSED_OPTIONS = {
@@ -36,11 +45,16 @@ REFUSED_OPTIONS = {
 }
 PACKED = ("positions that do not count up by one (packed sequences): MuSe would let one document read another. "
           "Give each document its own row, or train on the row as one document without position_ids")
+SHARDED = ("position_ids must be the places of this rank's tokens in the whole sequence, "
+           "Layout(layout, ranks, tokens, block).positions(rank): without them the model takes the shard for a whole")
 PADDED = ("attention_mask has zeros: MuSe reads every token. In causal training pad on the right, set the labels of "
           "the padding to -100 and leave attention_mask out; to generate, give prompts of one length a batch")
 
 
-def register(config: MuseConfig, name: str = "muse", function: Callable[..., Tensor] | None = None) -> None:
+def register(
+    config: MuseConfig, name: str = "muse", function: Callable[..., Tensor] | None = None, *,
+    group: ProcessGroup | None = None, layout: LayoutName = "contiguous", counter: ByteCounter | None = None,
+) -> None:
     """Make MuSe known to transformers as the attention implementation `name`.
 
     Registering a name again replaces it, also for models that are already loaded with it.
@@ -50,6 +64,8 @@ def register(config: MuseConfig, name: str = "muse", function: Callable[..., Ten
         name: what `attn_implementation=` takes. Names of transformers' own implementations are refused.
         function: called as function(q, k, v, config=config, scale=scale) with q [B, H, N, D], k and v [B, K, N, D]
             (key/value heads not repeated), to return [B, H, N, D]; `muse_attention` if None.
+        group, layout, counter: of `muse_attention`, for ranks that share the sequence. The model must then be given
+            `position_ids`, the places of this rank's tokens in the sequence; caches are refused.
     Raises:
         ValueError, TypeError: for a bad `name` or `config`. The registered attention itself raises ValueError, with the
             fix, for padding, packed sequences, windows shorter than the sequence, custom masks, dropout, and layers
@@ -65,11 +81,20 @@ def register(config: MuseConfig, name: str = "muse", function: Callable[..., Ten
     if not name or set("/|@: ") & set(name) or "flash" in name:
         raise ValueError(f"name={name!r}: transformers reads special meanings into '/', '|', '@', ':' and 'flash'; "
                          "take a plain word, such as 'muse'")
-    AttentionInterface.register(name, _attention(config, function or muse_attention))
-    AttentionMaskInterface.register(name, _mask(config))
+    if function is not None and group is not None:
+        raise ValueError("group: a function of your own knows its group; give one or the other")
+    function = function or partial(muse_attention, group=group, layout=layout, counter=counter)
+    place = None if group is None else partial(_shard_positions, config, group, layout)
+    AttentionInterface.register(name, _attention(config, function, place))
+    AttentionMaskInterface.register(name, _mask(config, group is not None))
 
 
-def _mask(config: MuseConfig) -> Callable[..., Tensor | None]:
+def _shard_positions(config: MuseConfig, group: ProcessGroup, layout: LayoutName, tokens: int) -> Tensor:
+    """Places in the sequence of the `tokens` tokens this rank holds."""
+    return Layout(layout, group.size(), tokens * group.size(), config.block).positions(group.rank())
+
+
+def _mask(config: MuseConfig, sharded: bool) -> Callable[..., Tensor | None]:
     """The mask function of transformers' interface: checks what a model asks for and returns None for MuSe.
 
     None means here what it means to transformers' own `sdpa`: plain causal (or full) attention of all the queries. Only
@@ -94,7 +119,9 @@ def _mask(config: MuseConfig) -> Callable[..., Tensor | None]:
                 attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip,
                 **options)
         short = local_size is not None and kv_length < local_size and allow_is_causal_skip and config.causal
-        if mask_function is not pattern and not short:
+        # The positions of a shard may jump, which transformers takes for packing; the attention checks them itself.
+        jumps = sharded and local_size is None
+        if mask_function is not pattern and not short and not jumps:
             raise ValueError(_pattern_error(mask_function, local_size, kind))
         if attention_mask is not None:
             _check_padding(attention_mask, q_length)
@@ -103,7 +130,9 @@ def _mask(config: MuseConfig) -> Callable[..., Tensor | None]:
     return mask
 
 
-def _attention(config: MuseConfig, function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+def _attention(
+    config: MuseConfig, function: Callable[..., Tensor], place: Callable[[int], Tensor] | None
+) -> Callable[..., tuple[Tensor, None]]:
     """The attention function of transformers' interface: q [B, H, N, D], k, v [B, K, T, D] -> [B, N, H, D], None."""
     from transformers import AttentionInterface
 
@@ -117,10 +146,13 @@ def _attention(config: MuseConfig, function: Callable[..., Tensor]) -> Callable[
         _check_options(options, dropout)
         tokens, keys = query.shape[2], key.shape[2]
         if tokens == 1 or (attention_mask is not None and tokens < keys):  # a step on a cache
+            if place is not None:
+                raise ValueError("a step on a cache: ranks that share a sequence cannot generate; register without "
+                                 "group to do so")
             return exact(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal)
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         _check_layer(causal, tokens, keys, attention_mask, sliding_window, config)
-        _check_positions(module, position_ids)
+        _check_positions(module, position_ids, None if place is None else place(tokens))
         # A static cache hands over its whole buffer; its first `tokens` places are the prompt.
         out = function(query, key[:, :, :tokens], value[:, :, :tokens], config=config, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
@@ -182,14 +214,22 @@ def _check_layer(
                          "all of them; load the model with 'sdpa', or use shorter sequences")
 
 
-def _check_positions(module: nn.Module, position_ids: Tensor | None) -> None:
-    """Refuse positions that restart: with a cache transformers does not look for them. One layer a forward checks."""
+def _check_positions(module: nn.Module, position_ids: Tensor | None, expected: Tensor | None) -> None:
+    """Refuse positions that restart: with a cache transformers does not look for them. One layer a forward checks.
+
+    A shard's positions must be the `expected` ones, or its rotary embeddings would be those of other tokens.
+    """
     if position_ids is None or position_ids.dim() != 2:
+        if expected is not None and position_ids is None:
+            raise ValueError(SHARDED)
         return
     kinds = getattr(getattr(module, "config", None), "layer_types", None) or []
     first = kinds.index("full_attention") if "full_attention" in kinds else 0
     if getattr(module, "layer_idx", None) in (None, first):
-        _require((position_ids.diff() == 1).all(), PACKED)
+        if expected is not None:
+            _require((position_ids == expected.to(position_ids.device)).all(), SHARDED)
+        else:
+            _require((position_ids.diff() == 1).all(), PACKED)
 
 
 def _require(condition: Tensor, message: str) -> None:
