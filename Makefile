@@ -6,8 +6,11 @@ STAMP := .venv/.installed
 
 .PHONY: run test lint clean
 
+# All GPUs of the machine share each sequence, or two processes where there is none.
 run: $(STAMP)
-	$(BIN)/python -m launch.train --config $(CONFIG)
+	$(BIN)/torchrun --standalone --nproc-per-node \
+		$${RANKS:-$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')} \
+		-m launch.train --config $(CONFIG)
 
 test: lint
 	$(BIN)/python -m pytest

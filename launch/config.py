@@ -8,9 +8,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from muse_dist import MuseConfig
+from muse_dist.layout import LayoutName
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,7 +47,7 @@ class TrainConfig:
     """How it is optimised: AdamW, linear warm-up, then a cosine to zero. `batch` is in sequences, `clip` a norm.
 
     `threads` are PyTorch's on the CPU, 0 for its own choice. Sums depend on their number: fix it to repeat a curve on
-    another machine. Small models gain little from more than one.
+    another machine. Small models gain little from more than one. `layout`: how ranks share a sequence.
     """
 
     steps: int = 200
@@ -57,8 +58,11 @@ class TrainConfig:
     clip: float = 1.0
     seed: int = 0
     threads: int = 0
+    layout: str = "zigzag"
 
     def __post_init__(self) -> None:
+        if self.layout not in get_args(LayoutName):
+            raise ValueError(f"train.layout={self.layout!r} must be one of {', '.join(get_args(LayoutName))}")
         _at_least(self, steps=1, batch=1, warmup=0, seed=0, threads=0, weight_decay=0)
         for name in ("lr", "clip"):
             if getattr(self, name) <= 0:
@@ -112,6 +116,11 @@ class RunConfig:
                    muse=MuseConfig.from_dict(tables.get("muse", {})))
 
     @property
+    def layout(self) -> LayoutName:
+        """`train.layout`, checked."""
+        return "zigzag" if self.train.layout == "zigzag" else "contiguous"
+
+    @property
     def near_reach(self) -> int:
         """Position of the first token that has a far field."""
         return self.muse.block * (1 + self.muse.halo)
@@ -126,7 +135,7 @@ class RunConfig:
         return "\n".join(lines)
 
     def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name:
+        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise ValueError(f"name={self.name!r} must be the name of a folder, without separators")
         if not self.muse.causal:
             raise ValueError("muse.causal=false: a decoder predicts the next token and must not see it")

@@ -6,29 +6,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.config import RunConfig
 from launch.data import VOCABULARY
-from muse_dist import MuseConfig
+from launch.ranks import Ranks
+from muse_dist import ByteCounter, MuseConfig
 from muse_dist.attention import near_only
 from muse_dist.huggingface import register
+from muse_dist.layout import Layout
 
 # What the report calls an attention, and its name in transformers' registry.
 ATTENTIONS = {"muse": "muse", "exact": "sdpa", "near": "muse_near"}
 
 
-def register_attentions(config: MuseConfig) -> None:
-    """Make "muse" and "muse_near", the same without its far field, known to transformers."""
-    register(config)
+def register_attentions(config: MuseConfig, ranks: Ranks | None = None, counter: ByteCounter | None = None) -> None:
+    """Make "muse" and "muse_near", the same on one device and without its far field, known to transformers."""
+    if ranks is None or ranks.group is None:
+        register(config)
+    else:
+        register(config, group=ranks.group, layout=ranks.layout, counter=counter)
     register(config, name="muse_near", function=near_only)
 
 
-def build_model(config: RunConfig, device: torch.device) -> LlamaForCausalLM:
-    """A Llama with random fp32 weights drawn from `train.seed`, reading its context with MuSe."""
-    register_attentions(config.muse)
+def build_model(
+    config: RunConfig, device: torch.device, ranks: Ranks | None = None, counter: ByteCounter | None = None
+) -> LlamaForCausalLM:
+    """A Llama with random fp32 weights drawn from `train.seed`, reading its context with MuSe, shared by `ranks`."""
+    register_attentions(config.muse, ranks, counter)
     shape = config.model
     torch.manual_seed(config.train.seed)
     model = LlamaForCausalLM(LlamaConfig(
@@ -50,22 +57,33 @@ def attention(model: LlamaForCausalLM, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def token_losses(model: LlamaForCausalLM, sequences: Tensor) -> Tensor:
+def token_losses(model: nn.Module, sequences: Tensor, positions: Tensor | None = None) -> Tensor:
     """Loss of every token after the first in nats, fp32 [B, n - 1], for sequences int64 [B, n].
 
+    With `positions` int64 [S], the places in the sequence that this rank reads, it is [B, S] for those.
     Computed in fp32 on the CPU and under bf16 autocast on a GPU.
     """
-    device = model.device
+    device = next(model.parameters()).device
     sequences = sequences.to(device)
+    tokens, labels, options = sequences[:, :-1], sequences[:, 1:], {}
+    if positions is not None:
+        positions = positions.to(device)
+        tokens, labels = tokens[:, positions], labels[:, positions]
+        options = {"position_ids": positions.expand(len(sequences), -1)}
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        logits = model(sequences[:, :-1]).logits
-    return cross_entropy(logits.float().transpose(1, 2), sequences[:, 1:], reduction="none")
+        logits = model(tokens, **options).logits
+    return cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
 
 
 @torch.no_grad()
-def held_out_losses(model: LlamaForCausalLM, sequences: Tensor) -> Tensor:
-    """`token_losses` on the CPU, one sequence at a time to bound memory."""
-    return torch.cat([token_losses(model, sequence[None]).cpu() for sequence in sequences])
+def held_out_losses(model: LlamaForCausalLM, sequences: Tensor, split: Layout | None = None,
+                    ranks: Ranks | None = None) -> Tensor:
+    """`token_losses` of whole sequences on the CPU, one at a time to bound memory; read by all `ranks` if given."""
+    if split is None or ranks is None:
+        return torch.cat([token_losses(model, sequence[None]).cpu() for sequence in sequences])
+    positions = split.positions(ranks.rank)
+    return torch.cat([split.join(ranks.gather(token_losses(model, sequence[None], positions)), 1).cpu()
+                      for sequence in sequences])
 
 
 def make_optimizer(model: LlamaForCausalLM, config: RunConfig) -> torch.optim.AdamW:

@@ -74,6 +74,25 @@ class Monitor:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
 
+class Silent:
+    """The monitor of ranks that leave showing to another."""
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Nothing."""
+
+    def summary(self, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def close_bar(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing."""
+
+
 def _start_wandb(config: RunConfig, folder: Path, mode: str) -> Any:
     try:
         import wandb

@@ -36,11 +36,29 @@ def table(results: dict[str, Any]) -> str:
              for row in rows]
     return "\n".join([
         f"{results['parameters']:,} parameters, {train['steps']} steps of {train['batch']} x {data['context']} tokens "
-        f"in {total:.0f} s: {total / train['steps']:.3f} s a step, {rate:,.0f} tokens/s on {results['device']}",
+        f"in {total:.0f} s: {total / train['steps']:.3f} s a step, {rate:,.0f} tokens/s on {results['ranks']} x "
+        f"{results['device']}",
         f"held-out text, {data['held_out_sequences']} sequences, nats a token (one byte each):", *(
             line.rstrip() for line in lines),
         f"far loss: tokens from position {results['near_reach']} on, which have a far field; "
-        "step: forward and backward of one batch"])
+        "step: forward and backward of one batch"
+        + (f", MuSe on {results['ranks']} ranks, the others on one" if results["ranks"] > 1 else ""),
+        *_rank_lines(results)])
+
+
+def _rank_lines(results: dict[str, Any]) -> list[str]:
+    """What the ranks exchange, and how the first steps compare with one rank's."""
+    if not results["first_steps"]:
+        return []
+    traffic = {name: sum(parts.values()) for name, parts in results["first_steps"]["traffic"].items()}
+    halo = sum(count for name, count in results["first_steps"]["traffic"]["moments"].items() if "halo" in name)
+    lines = ["", "received by a rank a step:",
+             f"  moments         {traffic['moments']:>12,} bytes, of which halo and sinks {halo:,}",
+             f"  kv              {traffic['kv']:>12,} bytes",
+             f"  ring attention  {traffic['ring']:>12,} bytes (predicted)",
+             "loss of the first steps from the same seed:"]
+    return lines + [f"  {name:<16}" + "".join(f"{loss:>14.9f}" for loss in losses)
+                    for name, losses in results["first_steps"]["loss"].items()]
 
 
 def plot_loss(results: dict[str, Any]) -> Figure:
