@@ -15,6 +15,7 @@ from torch import Tensor
 from muse_dist.kernels.plain_blocks import Sight, seen_blocks
 
 LOG2E = tl.constexpr(1.4426950408889634)
+PRECISION = tl.constexpr("tf32x3")  # of fp32 products, right to about 1e-6; plain fp32 takes no tensor cores and spills
 LEAF_BYTES = 64 * 1024  # of the keys of a padded leaf that a program holds on chip
 
 

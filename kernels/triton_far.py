@@ -12,7 +12,8 @@ from torch import Tensor
 
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
-    LOG2E, Tile, check_kernel_inputs, forward_tile, leaf_span, load_rows, load_vector, padded, sees, store_rows,
+    LOG2E, PRECISION, Tile, check_kernel_inputs, forward_tile, leaf_span, load_rows, load_vector, padded, sees,
+    store_rows,
 )
 
 
@@ -137,7 +138,7 @@ def _absorb(out, top, total, logit, values):
     base = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp2(logit - base[:, None])
     keep = tl.exp2(top - base)
-    out = tl.dot(p.to(values.dtype), values, out * keep[:, None], input_precision="ieee")
+    out = tl.dot(p.to(values.dtype), values, out * keep[:, None], input_precision=PRECISION)
     return out, new, total * keep + tl.sum(p, 1)
 
 
@@ -180,7 +181,7 @@ def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, query_ids
         leaf = start + tl.arange(0, LEAVES)
         ok = shown_leaves(leaf, start, stop, query_id, key_ids, slots, halo, PER_BLOCK, CAUSAL, SLOTS, LEAVES)
         mean_key = load_rows(key + part * leaves * DIM, leaf, ok, DIM, DIM_PAD)
-        logit = tl.dot(rows, tl.trans(mean_key), input_precision="ieee") * scale2
+        logit = tl.dot(rows, tl.trans(mean_key), input_precision=PRECISION) * scale2
         logit += tl.load(shift + part * leaves + leaf, mask=ok, other=float("-inf"))[None, :]
         if TRACE:
             spread = tl.load(trace + part * leaves + leaf, mask=ok, other=0.0)
@@ -197,7 +198,7 @@ def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, query_ids
                 ok = ok & (tl.load(valid + leaf_id * LEAF + place, mask=ok, other=0) != 0)
             first = (batch * leaves + leaf_id) * LEAF * DIM
             keys = load_rows(k + first, place, ok, DIM, DIM_PAD)
-            logit = tl.dot(rows, tl.trans(keys), input_precision="ieee") * scale2
+            logit = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale2
             logit = tl.where(ok[None, :], logit, float("-inf"))
             values = load_rows(v + first, place, ok, DIM, DIM_PAD)
             total_out, top, total = _absorb(total_out, top, total, logit, values)

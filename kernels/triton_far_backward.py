@@ -13,7 +13,7 @@ from torch import Tensor
 from muse_dist.kernels.leaf_readers import leaf_readers
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
-    LOG2E, Tile, backward_tile, leaf_span, load_base2, load_rows, load_vector, store_rows,
+    LOG2E, PRECISION, Tile, backward_tile, leaf_span, load_base2, load_rows, load_vector, store_rows,
 )
 from muse_dist.kernels.triton_far import FarCall, load_slots, opened_bits, shown_leaves, squared_steps
 from muse_dist.kernels.triton_opened_backward import opened_backward
@@ -58,8 +58,8 @@ def far_field_backward(
 def _query_step(dq, logit, base, rows_up, delta, keys, values):
     """Adds the part of dq that some keys give, and returns the gradient of their logits too."""
     p = tl.exp2(logit - base[:, None])
-    d_logit = p * (tl.dot(rows_up, tl.trans(values), input_precision="ieee") - delta[:, None])
-    return tl.dot(d_logit.to(keys.dtype), keys, dq, input_precision="ieee"), d_logit
+    d_logit = p * (tl.dot(rows_up, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+    return tl.dot(d_logit.to(keys.dtype), keys, dq, input_precision=PRECISION), d_logit
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, qu
         ok = shown_leaves(leaf, start, stop, query_id, key_ids, slots, halo, PER_BLOCK, CAUSAL, SLOTS, LEAVES)
         mean_key = load_rows(key + part * leaves * DIM, leaf, ok, DIM, DIM_PAD)
         mean_value = load_rows(value + part * leaves * DIM, leaf, ok, DIM, DIM_PAD)
-        logit = tl.dot(rows, tl.trans(mean_key), input_precision="ieee") * scale2
+        logit = tl.dot(rows, tl.trans(mean_key), input_precision=PRECISION) * scale2
         logit += tl.load(shift + part * leaves + leaf, mask=ok, other=float("-inf"))[None, :]
         if TRACE:
             spread = tl.load(trace + part * leaves + leaf, mask=ok, other=0.0)
@@ -118,7 +118,7 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, qu
             first = (batch * leaves + leaf_id) * LEAF * DIM
             keys = load_rows(k + first, place, ok, DIM, DIM_PAD)
             values = load_rows(v + first, place, ok, DIM, DIM_PAD)
-            logit = tl.dot(rows, tl.trans(keys), input_precision="ieee") * scale2
+            logit = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale2
             logit = tl.where(ok[None, :], logit, float("-inf"))
             grad, d_logit = _query_step(grad, logit, base, rows_up, shared, keys, values)
     grad *= scale
@@ -164,7 +164,7 @@ def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, q
         inside = row < SIZE
         rows = load_rows(q + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
         rows_up = load_rows(dout + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
-        logit = tl.dot(mean_key, tl.trans(rows), input_precision="ieee") * scale2 + offset[:, None]
+        logit = tl.dot(mean_key, tl.trans(rows), input_precision=PRECISION) * scale2 + offset[:, None]
         if TRACE:
             square = tl.load(squares + at * SIZE + row, mask=inside, other=0.0)
             logit += spread[:, None] * square[None, :]
@@ -174,10 +174,10 @@ def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, q
             logit = tl.where(hidden[:, None], float("-inf"), logit)
         p = tl.exp2(logit - load_base2(lse + at * SIZE, row, inside)[None, :])
         shared = tl.load(delta + at * SIZE + row, mask=inside, other=0.0)
-        d_logit = p * (tl.dot(mean_value, tl.trans(rows_up), input_precision="ieee") - shared[None, :])
+        d_logit = p * (tl.dot(mean_value, tl.trans(rows_up), input_precision=PRECISION) - shared[None, :])
         rounded = d_logit.to(rows.dtype)
-        grad_value = tl.dot(p.to(rows.dtype), rows_up, grad_value, input_precision="ieee")
-        grad_key = tl.dot(rounded, rows, grad_key, input_precision="ieee")
+        grad_value = tl.dot(p.to(rows.dtype), rows_up, grad_value, input_precision=PRECISION)
+        grad_key = tl.dot(rounded, rows, grad_key, input_precision=PRECISION)
         grad_mass += tl.sum(d_logit, 1)
         rounded_mass += tl.sum(rounded.to(tl.float32), 1)
         if TRACE:

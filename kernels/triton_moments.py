@@ -8,7 +8,7 @@ from torch import Tensor
 
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
-    LOG2E, Tile, anchor_span, backward_tile, check_kernel_inputs, forward_tile, load_rows, padded, sees, store_rows,
+    LOG2E, Tile, anchor_span, check_kernel_inputs, load_rows, padded, sees, store_rows,
 )
 
 
@@ -29,7 +29,7 @@ def moments(
     blocks, parts = anchor.shape[2:4]
     leaves, leaf, dim = k.shape[2:]
     check_kernel_inputs(dim, leaf, anchor=anchor, k=k, v=v)
-    tile = forward_tile(dim, k.dtype) if tile is None else tile
+    tile = _forward_tile(dim, k.dtype) if tile is None else tile
     shape = (*anchor.shape[:4], leaves)
     mass, trace = (torch.empty(shape, dtype=torch.float32, device=k.device) for _ in range(2))
     key, value = (torch.empty((*shape, dim), dtype=k.dtype, device=k.device) for _ in range(2))
@@ -53,13 +53,26 @@ def moments_backward(
     blocks, parts = anchor.shape[2:4]
     leaves, leaf, dim = k.shape[2:]
     check_kernel_inputs(dim, leaf, anchor=anchor, k=k, v=v, grad_key=grad.key, grad_value=grad.value)
-    tile = backward_tile(dim, k.dtype)._replace(stages=1) if tile is None else tile  # few turns, large tiles
+    tile = _backward_tile(dim, k.dtype) if tile is None else tile
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     _backward[_grid(k)](
         *(x.contiguous() for x in grad), anchor.contiguous(), k.contiguous(), v.contiguous(), _flags(valid),
         sight.query, sight.key, anchor_span(sight, parts), dk, dv, scale, blocks * parts, leaves, sight.halo,
         **_constants(k, parts, sight, valid, blocks, tile))
     return dk, dv
+
+
+def _forward_tile(dim: int, dtype: torch.dtype) -> Tile:
+    """The loop over anchors has few turns: nothing is fetched ahead."""
+    row_bytes = padded(dim) * dtype.itemsize
+    if row_bytes <= 256:
+        return Tile(64, 64, 4 if row_bytes <= 128 else 8, 1)
+    return Tile(16, 64, 8, 1)
+
+
+def _backward_tile(dim: int, dtype: torch.dtype) -> Tile:
+    row_bytes = padded(dim) * dtype.itemsize
+    return Tile(32 if row_bytes <= 256 else 16, 64, 4 if row_bytes <= 128 else 8, 1)
 
 
 def _grid(k: Tensor) -> tuple[int, int]:
@@ -84,7 +97,7 @@ def _constants(
 @triton.jit
 def _load_leaf(k, valid, at, j, HAS_VALID: tl.constexpr, LEAF: tl.constexpr, LEAF_PAD: tl.constexpr,
                DIM: tl.constexpr, DIM_PAD: tl.constexpr):
-    """Keys of leaf j in the dtype of k and minus their mean in fp32, the mean [1, DIM_PAD], and which keys exist."""
+    """Keys of leaf j, their mean [1, DIM_PAD], the squares of their distances from it, and which keys exist."""
     row = tl.arange(0, LEAF_PAD)
     inside = row < LEAF
     exists = inside
@@ -94,7 +107,7 @@ def _load_leaf(k, valid, at, j, HAS_VALID: tl.constexpr, LEAF: tl.constexpr, LEA
     count = tl.maximum(tl.sum(exists.to(tl.float32), 0), 1.0)
     centre = tl.sum(keys.to(tl.float32), 0)[None, :] / count
     offset = tl.where(exists[:, None], keys.to(tl.float32) - centre, 0.0)
-    return keys, offset, centre, exists
+    return keys, centre, tl.sum(offset * offset, 1), exists
 
 
 @triton.jit
@@ -105,9 +118,8 @@ def _forward(anchor, k, v, valid, query_ids, key_ids, span, mass, key, value, tr
     j = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     at = batch * leaves + j
-    keys, offset, centre, exists = _load_leaf(k, valid, at, j, HAS_VALID, LEAF, LEAF_PAD, DIM, DIM_PAD)
+    keys, centre, square, exists = _load_leaf(k, valid, at, j, HAS_VALID, LEAF, LEAF_PAD, DIM, DIM_PAD)
     values = load_rows(v + at * LEAF * DIM, tl.arange(0, LEAF_PAD), exists, DIM, DIM_PAD)
-    square = tl.sum(offset * offset, 1)
     block = j // PER_BLOCK
     key_id = tl.load(key_ids + block)
     for start in range(tl.load(span + 2 * block), tl.load(span + 2 * block + 1), ANCHORS):
@@ -144,9 +156,8 @@ def _backward(d_mass, d_key, d_value, d_trace, anchor, k, v, valid, query_ids, k
     batch = tl.program_id(1).to(tl.int64)
     at = batch * leaves + j
     row = tl.arange(0, LEAF_PAD)
-    keys, offset, centre, exists = _load_leaf(k, valid, at, j, HAS_VALID, LEAF, LEAF_PAD, DIM, DIM_PAD)
+    keys, centre, square, exists = _load_leaf(k, valid, at, j, HAS_VALID, LEAF, LEAF_PAD, DIM, DIM_PAD)
     values = load_rows(v + at * LEAF * DIM, row, exists, DIM, DIM_PAD)
-    square = tl.sum(offset * offset, 1)
     grad_k = tl.zeros((LEAF_PAD, DIM_PAD), tl.float32)
     grad_v = tl.zeros((LEAF_PAD, DIM_PAD), tl.float32)
     grad_square = tl.zeros((LEAF_PAD,), tl.float32)
@@ -170,17 +181,17 @@ def _backward(d_mass, d_key, d_value, d_trace, anchor, k, v, valid, query_ids, k
         p = tl.exp2(logit - tl.where(top == float("-inf"), 0.0, top)[None, :])
         p = p / tl.maximum(tl.sum(p, 0), 1e-30)[None, :]
         rounded = p.to(keys.dtype)
-        weight = tl.maximum(tl.sum(rounded.to(tl.float32), 0), 1e-30)[:, None]
-        step = tl.dot(tl.trans(rounded), keys, input_precision="ieee") / weight - centre
-        up_key = (up_key.to(tl.float32) - 2.0 * up_square[:, None] * step).to(keys.dtype)
-        change = tl.dot(keys, tl.trans(up_key), input_precision="ieee")
+        weight = tl.maximum(tl.sum(rounded.to(tl.float32), 0), 1e-30)[None, :]
+        step = tl.dot(tl.trans(keys), rounded, input_precision="ieee") / weight - tl.trans(centre)
+        up_key = (tl.trans(up_key).to(tl.float32) - 2.0 * up_square[None, :] * step).to(keys.dtype)
+        change = tl.dot(keys, up_key, input_precision="ieee")
         change = tl.dot(values, tl.trans(up_value), change, input_precision="ieee")
         change += square[:, None] * up_square[None, :]
         d_logit = p * (up_mass[None, :] + change - tl.sum(p * change, 0)[None, :]) * scale
         grad_k = tl.dot(d_logit.to(keys.dtype), about, grad_k, input_precision="ieee")
-        grad_k = tl.dot(rounded, up_key, grad_k, input_precision="ieee")
+        grad_k = tl.dot(rounded, tl.trans(up_key), grad_k, input_precision="ieee")
         grad_v = tl.dot(rounded, up_value, grad_v, input_precision="ieee")
         grad_square += tl.sum(p * up_square[None, :], 1)
-    grad_k += 2.0 * offset * grad_square[:, None]
+    grad_k += 2.0 * grad_square[:, None] * (keys.to(tl.float32) - centre)  # no weight on keys that do not exist
     store_rows(dk + at * LEAF * DIM, row, row < LEAF, grad_k, DIM, DIM_PAD)
     store_rows(dv + at * LEAF * DIM, row, row < LEAF, grad_v, DIM, DIM_PAD)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muse_dist.kernels.leaf_readers import Readers
-from muse_dist.kernels.triton_common import LOG2E, Tile, load_base2, load_rows, padded, store_rows
+from muse_dist.kernels.triton_common import LOG2E, PRECISION, Tile, load_base2, load_rows, padded, store_rows
 
 
 def opened_backward(
@@ -68,13 +68,13 @@ def _backward(dout, q, k, v, valid, lse, delta, reader, leaf_of, first_of, last_
         ok = row < SIZE
         rows = load_rows(q + group * SIZE * DIM, row, ok, DIM, DIM_PAD)
         rows_up = load_rows(dout + group * SIZE * DIM, row, ok, DIM, DIM_PAD)
-        logit = tl.dot(keys, tl.trans(rows), input_precision="ieee") * (scale * LOG2E)
+        logit = tl.dot(keys, tl.trans(rows), input_precision=PRECISION) * (scale * LOG2E)
         logit = tl.where(exists[:, None], logit, float("-inf"))
         p = tl.exp2(logit - load_base2(lse + group * SIZE, row, ok)[None, :])
         shared = tl.load(delta + group * SIZE + row, mask=ok, other=0.0)
-        d_logit = p * (tl.dot(values, tl.trans(rows_up), input_precision="ieee") - shared[None, :])
-        grad_v = tl.dot(p.to(rows.dtype), rows_up, grad_v, input_precision="ieee")
-        grad_k = tl.dot(d_logit.to(rows.dtype), rows, grad_k, input_precision="ieee")
+        d_logit = p * (tl.dot(values, tl.trans(rows_up), input_precision=PRECISION) - shared[None, :])
+        grad_v = tl.dot(p.to(rows.dtype), rows_up, grad_v, input_precision=PRECISION)
+        grad_k = tl.dot(d_logit.to(rows.dtype), rows, grad_k, input_precision=PRECISION)
     grad_k *= scale
     slot = tl.load(slot_of + item).to(tl.int64)
     if slot < 0:
