@@ -112,7 +112,7 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, qu
         for turn in range(SLOTS * key_tiles):
             leaf_id = tl.load(opened + at * SLOTS + turn // key_tiles).to(tl.int64)
             place = turn % key_tiles * KEYS + tl.arange(0, KEYS)
-            ok = (place < LEAF) & (leaf_id >= 0)
+            ok = place < tl.where(leaf_id >= 0, LEAF, 0)
             if HAS_VALID:
                 ok = ok & (tl.load(valid + leaf_id * LEAF + place, mask=ok, other=0) != 0)
             first = (batch * leaves + leaf_id) * LEAF * DIM
