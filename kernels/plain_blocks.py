@@ -122,7 +122,8 @@ def far_field_backward(
         d_rows, at, shift = dout[:, :, i].to(work), lse[:, :, i].to(work), delta[:, :, i].to(work)
         dq[:, :, i], grad = reference.far_field_backward(d_rows, rows, about, here, hidden, at, shift, scale, trace)
         grads.append(grad)
-        if choice is not None and choice.shape[-1] and k is not None and v is not None and dk is not None:
+        if choice is not None and choice.shape[-1] and k is not None and v is not None:
+            assert dk is not None and dv is not None
             d_opened, *d_leaves = reference.opened_leaves_backward(
                 d_rows, rows, k.to(work), v.to(work), choice, at, shift, scale, valid)
             dq[:, :, i] += d_opened
