@@ -31,9 +31,9 @@ y = muse_dist.muse_attention(x, x, x, config=muse_dist.MuseConfig(block=8, leaf=
 assert y.shape == x.shape and y.isfinite().all()
 print(muse_dist.__version__)
 """
-# Everything an extra brings, and what those import names belong to.
-OPTIONAL = ("transformers", "tensorboard", "matplotlib", "tqdm", "safetensors", "wandb", "deepspeed", "megatron", "mpi4py",
-            "hypothesis", "pytest")
+# What the extras bring, by import name.
+OPTIONAL = ("transformers", "tensorboard", "matplotlib", "tqdm", "safetensors", "wandb", "deepspeed", "megatron",
+            "mpi4py", "hypothesis", "pytest")
 
 
 def python(*arguments, cwd, without_site=False, path=()):
@@ -140,7 +140,8 @@ def test_make_installs_once_and_again_when_the_requirements_change(tmp_path):
     assert "--constraint constraints.txt" in plan(tmp_path, "run")
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / ".installed").touch()
-    assert plan(tmp_path, "run").strip() == ".venv/bin/python -m launch.train --config configs/tiny.toml"
+    run = plan(tmp_path, "run")
+    assert run.strip().endswith("-m launch.train --config configs/tiny.toml") and "pip install" not in run
     test = plan(tmp_path, "test")
     assert "ruff check" in test and "mypy" in test and "-m pytest" in test and "pip install" not in test
     later = (tmp_path / ".venv" / ".installed").stat().st_mtime + 10

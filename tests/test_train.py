@@ -335,7 +335,8 @@ def test_wandb_gets_the_mode_and_every_step(tmp_path, monkeypatch):
     logged, started, ended = [], {}, []
     log = types.SimpleNamespace(log=lambda values, step: logged.append((step, values["loss"])), summary={},
                                 finish=lambda exit_code: ended.append(exit_code))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **values: started.update(values) or log))
+    wandb = types.SimpleNamespace(init=lambda **values: started.update(values) or log)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     with Monitor(SMALL, tmp_path, "offline") as monitor:
         monitor.step(1, {"loss": 2.0})
         monitor.summary({"muse": 1.5})
