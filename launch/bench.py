@@ -9,7 +9,6 @@ ranks compute what one process does, and prints no times if they do not.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import time
