@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 
 # All GPUs of the machine share each sequence, or two processes where there is none.
 run: $(STAMP)
-	$(BIN)/torchrun --standalone --nproc-per-node \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node \
 		$${RANKS:-$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')} \
 		-m launch.train --config $(CONFIG)
 
