@@ -51,8 +51,13 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, limit: float
     return [o.value for o in found]
 
 
-def outcomes(ranks: int, function: Callable[..., Any], *args: Any, limit: float = 120.0) -> list[Outcome]:
-    """As `run_ranks`, for functions that are meant to fail: what became of every rank, in rank order."""
+def outcomes(
+    ranks: int, function: Callable[..., Any], *args: Any, limit: float = 120.0, lost: int | None = None,
+) -> list[Outcome]:
+    """As `run_ranks`, for functions that are meant to fail: what became of every rank, in rank order.
+
+    Rank `lost` is not waited for: it is meant to die or to hang.
+    """
     with tempfile.TemporaryDirectory() as folder:
         processes = [_context().Process(target=_child, args=(rank, ranks, folder, function, args), daemon=True)
                      for rank in range(ranks)]
@@ -62,7 +67,8 @@ def outcomes(ranks: int, function: Callable[..., Any], *args: Any, limit: float 
             deadline = time.monotonic() + limit
             # A rank that is done stays until all are: others may still read what it has sent.
             while time.monotonic() < deadline and any(
-                    process.is_alive() and not _file(folder, rank).exists() for rank, process in enumerate(processes)):
+                    rank != lost and process.is_alive() and not _file(folder, rank).exists()
+                    for rank, process in enumerate(processes)):
                 time.sleep(0.01)
         finally:
             for process in processes:

@@ -1,6 +1,6 @@
 """A sequence that ranks share: inputs, who holds which tokens, and one forward and backward on a rank's shard.
 
-Who holds what is written down a second time here, so that the package's own index arithmetic is not compared with itself.
+Who holds what is written down a second time here: the package's index arithmetic is not compared with itself.
 """
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ class Case:
 
     def exact(self) -> tuple[Tensor, ...]:
         """Output, dq, dk, dv of exact attention."""
-        return _gradients(lambda q, k, v: exact_attention(q, k, v, self.dim ** -0.5, self.config.causal), *self.inputs())
+        scale, causal = self.dim ** -0.5, self.config.causal
+        return _gradients(lambda q, k, v: exact_attention(q, k, v, scale, causal), *self.inputs())
 
     def local_only(self, ranks: int) -> list[tuple[Tensor, ...]]:
         """(dk, dv) of every rank's shard from the queries of that rank alone, what a lost reduction would leave."""

@@ -1,4 +1,4 @@
-"""emulate_ranks, which the exchanges are compared with: against exact attention and against loops over the definition."""
+"""emulate_ranks, which the exchanges are compared with, against exact attention and loops over the definition."""
 import pytest
 import torch
 
@@ -57,7 +57,7 @@ EXACT = {
 @pytest.mark.parametrize("changes", EXACT.values(), ids=EXACT)
 def test_exact_cases(changes, causal, layout):
     config = small(causal=causal, **changes)
-    for ranks, tokens in ((1, 32), (2, 64), (3, 48), (4, 64)):
+    for ranks, tokens in ((2, 64), (3, 48)):
         inputs = random_inputs(ranks, 2, 4, 2, tokens, 5)
         got = gradients(lambda *x: emulate_ranks(*x, config=config, ranks=ranks, layout=layout), inputs)  # noqa: B023
         assert_close(got, gradients(lambda *x: exact_attention(*x, 5 ** -0.5, causal), inputs), TOLERANCE)

@@ -1,0 +1,186 @@
+"""The exchanges of comm.py alone: what arrives, what is counted, what is agreed, and what a failure says."""
+import ast
+import datetime
+import gc
+import os
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from muse_dist import ByteCounter
+from muse_dist.comm import Communicator
+from tests.ranks import outcomes, run_ranks
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool]
+PACKAGE = Path(__file__).parents[1] / "muse_dist"
+
+
+def numbers(shape, dtype, seed):
+    random = torch.Generator().manual_seed(seed)
+    return (100 * torch.randn(shape, generator=random)).to(dtype)
+
+
+def pieces(source, target):
+    """What `source` sends `target`: tensors of odd sizes and all dtypes, none to itself, none from 2 to 1."""
+    if source == target or (source, target) == (2, 1):
+        return []
+    shapes = [(source + 1, 3), (target + 1,), (2, 1, 1 + source), (0, 4), ()]
+    return [numbers(shape, dtype, 100 * source + 10 * target + i)
+            for i, (shape, dtype) in enumerate((s, d) for d in DTYPES for s in shapes)]
+
+
+def exchange_everything():
+    """All-to-all and all-gather of tensors of every dtype, two at a time in flight; what arrived, what was counted."""
+    counter, world = ByteCounter(), dist.group.WORLD
+    comm = Communicator(world, counter)
+    assert (comm.rank, comm.size) == (world.rank(), world.size())
+    rank, others = comm.rank, range(comm.size)
+    specs = [[(x.shape, x.dtype) for x in pieces(source, rank)] for source in others]
+    first = comm.all_to_all("pieces", [pieces(rank, target) for target in others], specs, torch.device("cpu"))
+    gathers = [comm.all_gather("gathered", numbers((3, 5), dtype, rank).t()) for dtype in DTYPES]
+    arrived = first.wait()
+    return arrived, [gather.wait() for gather in gathers], counter.received, counter.total()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_what_is_sent_arrives(ranks):
+    """Bitwise, in rank order, whatever the dtype and size; strided tensors too."""
+    for rank, (arrived, gathered, received, total) in enumerate(run_ranks(ranks, exchange_everything)):
+        want = [x for source in range(ranks) for x in pieces(source, rank)]
+        assert [(x.dtype, x.shape) for x in arrived] == [(x.dtype, x.shape) for x in want]
+        assert all(torch.equal(a, b) for a, b in zip(arrived, want))
+        for dtype, parts in zip(DTYPES, gathered, strict=True):
+            assert len(parts) == ranks
+            assert all(torch.equal(part, numbers((3, 5), dtype, r).t()) for r, part in enumerate(parts))
+        size = sum(-(-x.numel() * x.element_size() // 16) * 16 for x in want)  # in steps of 16 bytes
+        gathers = (ranks - 1) * sum(-(-15 * dtype.itemsize // 16) * 16 for dtype in DTYPES)
+        assert received == {"pieces": size, "gathered": gathers} and total == size + gathers
+
+
+def send_nothing():
+    comm = Communicator(dist.group.WORLD)
+    nothing = [[] for _ in range(comm.size)]
+    return comm.all_to_all("nothing", nothing, nothing, torch.device("cpu")).wait()
+
+
+def test_an_empty_exchange():
+    assert run_ranks(3, send_nothing) == [[], [], []]
+
+
+def send_a_temporary():
+    """Senders may drop or overwrite their tensors once an exchange is posted."""
+    comm, found = Communicator(dist.group.WORLD), []
+    for size in (1, 7, 65536):
+        x = torch.full((size,), float(comm.rank))
+        spec = [(x.shape, x.dtype)]
+        waiting = [comm.all_gather("a", x), comm.all_to_all(
+            "b", [[x] if r != comm.rank else [] for r in range(comm.size)],
+            [spec if r != comm.rank else [] for r in range(comm.size)], x.device)]
+        x.fill_(-1.0)
+        del x
+        junk = [torch.full((size,), -2.0) for _ in range(10)]
+        del junk
+        found.append([[part.unique().tolist() for part in w.wait()] for w in waiting])
+    return found
+
+
+def test_buffers_outlive_their_senders():
+    for rank, found in enumerate(run_ranks(3, send_a_temporary)):
+        others = [[float(r)] for r in range(3) if r != rank]
+        assert found == [[[[0.0], [1.0], [2.0]], others]] * 3
+
+
+def agreements():
+    """Every rank's answers to calls of `agree`, and how many collectives these took."""
+    comm, answers, calls = Communicator(dist.group.WORLD), [], []
+    gather = dist.all_gather_object
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return gather(*args, **kwargs)
+
+    dist.all_gather_object = counted
+    for key, problem in [("a", None), ("a", None), (f"b{comm.rank % 2}", None),
+                         ("c", "q: too short" if comm.rank == 1 else None), ("a", None), ("c", None)]:
+        try:
+            comm.agree(key, problem)
+            answers.append(None)
+        except ValueError as error:
+            answers.append(str(error))
+    later = Communicator(dist.group.WORLD)  # another call on the same group
+    later.agree("a", None)
+    return answers, len(calls)
+
+
+def test_ranks_agree_once_a_key():
+    for answers, calls in run_ranks(3, agreements):
+        same, again, different, trouble, known, after = answers
+        assert same is again is known is after is None
+        assert all(word in different for word in ("rank 0: b0", "rank 1: b1", "rank 2: b0", "same"))
+        assert "rank 1: q: too short" in trouble and "rank 0" not in trouble
+        assert calls == 4
+
+
+def forget_a_group():
+    group = dist.new_group()
+    Communicator(group).agree("a", None)
+    gone = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    return gone() is None
+
+
+def test_agreements_do_not_keep_a_group_alive():
+    assert run_ranks(2, forget_a_group) == [True, True]
+
+
+def lose_a_rank(how):
+    """Rank 1 leaves before the third exchange; what the others are told, and after how many seconds."""
+    comm = Communicator(dist.new_group(timeout=datetime.timedelta(seconds=5)))
+    x = torch.ones(1000)
+    comm.all_gather("first", x).wait()
+    if comm.rank == 1:
+        os._exit(1) if how == "dies" else time.sleep(120)
+    start = time.monotonic()
+    try:
+        comm.all_gather("second", x).wait()
+    except RuntimeError as error:
+        return str(error), error.__cause__ is not None, time.monotonic() - start
+    return "", False, 0.0
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_failure_names_the_exchange(how):
+    found = outcomes(3, lose_a_rank, how, limit=40, lost=1)
+    for rank in (0, 2):
+        message, chained, seconds = found[rank].value
+        assert message.startswith("exchange 'second'") and f"rank {rank} of 3" in message and "another rank" in message
+        assert chained and seconds < 20
+
+
+def test_counter_adds_up():
+    counter = ByteCounter()
+    assert counter.total() == 0
+    for name, count in (("a", 3), ("b", 4), ("a", 5)):
+        counter.add(name, count)
+    assert counter.received == {"a": 8, "b": 4} and counter.total() == 12
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def test_no_other_module_of_the_package_imports_torch_distributed():
+    users = {path.name for path in PACKAGE.rglob("*.py")
+             if any(name.startswith("torch.distributed") for name in imports_of(path))}
+    assert users == {"comm.py"}
+    assert not [path.name for path in PACKAGE.rglob("*.py") if "os.environ" in path.read_text()]
