@@ -100,7 +100,7 @@ def test_near_and_far_share_out_what_is_visible(i, j, changes):
 def test_near_pairs_and_halo_cover_what_is_read_exactly(layout, changes):
     c, blocks = config(layout.block, **changes), range(layout.tokens // layout.block)
     for rank in range(layout.ranks):
-        mine, halo = layout.blocks_of(rank), halo_blocks(layout, rank, c)
+        mine, halo = layout.blocks_of(rank), list(halo_blocks(layout, rank, c))
         assert halo == sorted(set(halo)) and not set(halo) & set(mine)
         found = set()
         for keys in (mine, halo):
@@ -132,10 +132,10 @@ def test_moments_sent_cover_all_far_pairs_of_other_ranks(layout, changes):
 def test_under_zigzag_the_halo_is_not_always_the_neighbours():
     """Rank 1 of 4 holds chunks 1 and 6: their halo blocks are those of chunk 0 (rank 0) and chunk 5 (rank 2)."""
     layout = Layout("zigzag", 4, 16, 2)
-    assert halo_blocks(layout, 1, config(2)) == [0, 5]
+    assert list(halo_blocks(layout, 1, config(2))) == [0, 5]
     assert [layout.block_owner(j) for j in (0, 5)] == [0, 2]
-    assert halo_blocks(layout, 3, config(2)) == [2]  # chunk 4 reads chunk 3, which is its own
-    assert halo_blocks(layout, 0, config(2, causal=False)) == [1, 6]
+    assert list(halo_blocks(layout, 3, config(2))) == [2]  # chunk 4 reads chunk 3, which is its own
+    assert list(halo_blocks(layout, 0, config(2, causal=False))) == [1, 6]
 
 
 @pytest.mark.parametrize("tokens", [12, 4, 0, -16, 23])
