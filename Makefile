@@ -6,10 +6,10 @@ STAMP := .venv/.installed
 
 .PHONY: run test lint clean
 
-# All GPUs of the machine share each sequence, or two processes where there is none.
+# The GPUs of the machine, a power of two of them, share each sequence; two processes where there is none.
 run: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node \
-		$${RANKS:-$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')} \
+		$${RANKS:-$$($(BIN)/python -c 'import torch; n = torch.cuda.device_count(); print(1 << n.bit_length() - 1 if n else 2)')} \
 		-m launch.train --config $(CONFIG)
 
 test: lint

@@ -51,10 +51,11 @@ def _rank_lines(results: dict[str, Any]) -> list[str]:
     if not results["first_steps"]:
         return []
     traffic = {name: sum(parts.values()) for name, parts in results["first_steps"]["traffic"].items()}
-    halo = sum(count for name, count in results["first_steps"]["traffic"]["moments"].items() if "halo" in name)
-    lines = ["", "received by a rank a step:",
-             f"  moments         {traffic['moments']:>12,} bytes, of which halo and sinks {halo:,}",
-             f"  kv              {traffic['kv']:>12,} bytes",
+    lines = ["", "received by a rank a step:"]
+    if "moments" in traffic:
+        halo = sum(count for name, count in results["first_steps"]["traffic"]["moments"].items() if "halo" in name)
+        lines.append(f"  moments         {traffic['moments']:>12,} bytes, of which halo and sinks {halo:,}")
+    lines += [f"  kv              {traffic['kv']:>12,} bytes",
              f"  ring attention  {traffic['ring']:>12,} bytes (predicted)",
              "loss of the first steps from the same seed:"]
     return lines + [f"  {name:<16}" + "".join(f"{loss:>14.9f}" for loss in losses)

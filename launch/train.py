@@ -56,13 +56,13 @@ def _run(config: RunConfig, corpus: Corpus, ranks: Ranks, options: argparse.Name
     split = ranks.split(config.data.context, config.muse.block) if ranks.size > 1 else None
     folder = options.out / config.name
     monitor: Monitor | Silent = Silent()
+    first_steps = compare_first_steps(corpus, config, ranks) if split is not None else {}
     if ranks.first:
         _fresh_folder(folder)
         (folder / "config.toml").write_text(config.to_toml())
         monitor = Monitor(config, folder, options.wandb)
     counter = ByteCounter()
     with monitor:
-        first_steps = compare_first_steps(corpus, config, ranks) if split is not None else {}
         model = build_model(config, ranks.device, ranks, counter)
         if ranks.first:
             print(f"{config.name}: {model.num_parameters():,} parameters on {ranks.size} x {ranks.device.type}, "
@@ -70,7 +70,7 @@ def _run(config: RunConfig, corpus: Corpus, ranks: Ranks, options: argparse.Name
         history = train(model, corpus, config, monitor, ranks)
         monitor.close_bar()
         if first_steps:
-            first_steps["traffic"]["moments"] = received(counter, config.train.steps)
+            first_steps["traffic"][config.muse.exchange] = received(counter, config.train.steps)
             first_steps["loss"]["this run"] = history["loss"][:FIRST_STEPS]
         results = measure(model, corpus, config, ranks)
         monitor.summary(results["loss"])

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from muse_dist.checks import check_inputs
 from muse_dist.comm import ByteCounter, Communicator, ProcessGroup
-from muse_dist.compute import backward, forward, near_forward, working
+from muse_dist.compute import backward, forward, working
 from muse_dist.config import MuseConfig
 from muse_dist.layout import LayoutName, block_count
 from muse_dist.parallel import ParallelAttention, make_shard
@@ -31,8 +31,10 @@ def muse_attention(
     Returns:
         [B, H, N, D] in q's dtype (under autocast, in its dtype). Exact attention if N is at most (1 + halo) * block.
     Raises:
-        ValueError or TypeError that names the argument and the fix, on every rank of the group if it is wrong on any.
-        RuntimeError that names the pending exchange if a rank dies or the group's timeout passes.
+        ValueError or TypeError that names the argument and the fix: on every rank of the group, if any rank's first
+        call with such shapes and settings is wrong. A rank that differs later leaves the others to the timeout.
+        RuntimeError that names the pending exchange if a rank dies or the timeout passes. (NCCL reports both from its
+        own watchdog, which ends the process.)
     """
     if group is not None:
         return _parallel(q, k, v, config, scale, group, layout, counter)
@@ -55,6 +57,8 @@ def _parallel(
     """`muse_attention` on a rank's shard. Exchanges have an order that compilers must not change."""
     comm, problem, number = Communicator(group, counter), None, 1.0
     try:
+        if counter is not None and not isinstance(counter, ByteCounter):
+            raise TypeError(f"counter: must be a ByteCounter or None, not {type(counter).__name__}")
         number = check_inputs(q, k, v, config, scale)
         q, k, v = _autocast(q, k, v)
     except (ValueError, TypeError) as error:
@@ -72,10 +76,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan | None, config: MuseConfi
 
 
 def near_only(q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale: float | None = None) -> Tensor:
-    """Attention to the own block and the halo alone, shapes as in `muse_attention`. Forward only: a baseline."""
+    """Attention to the own block and the halo alone, the baseline of far fields; shapes as in `muse_attention`."""
     scale = check_inputs(q, k, v, config, scale)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        return near_forward(*working(q, k, v), scale, config)[0].reshape(q.shape).to(q.dtype)
+    return attend(*_autocast(q, k, v), None, config, scale)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +109,8 @@ def _plan_op(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor,
         rows, keys, _ = working(q, k, k)
         plan = make_plan(rows, keys, config, scale)
     # Any point near the queries serves as an anchor; in the inputs' dtype kernels and ranks can share it as it is.
-    return tuple(plan._replace(anchors=plan.anchors.to(q.dtype)))  # type: ignore[return-value]
+    plan = plan._replace(anchors=plan.anchors.to(q.dtype))
+    return tuple(x.contiguous() for x in plan)  # type: ignore[return-value]
 
 
 @_plan_op.register_fake

@@ -40,6 +40,7 @@ class Pending:
     name: str
     work: dist.Work
     where: str
+    sent: Tensor  # must live until the exchange is done
     finish: Callable[[], list[Tensor]]
 
     def wait(self) -> list[Tensor]:
@@ -74,8 +75,8 @@ class Communicator:
         parts = list(received.chunk(self.size))
         work = self._post(name, lambda: dist.all_gather(parts, send, group=self.group, async_op=True))
         self._count(name, (self.size - 1) * send.numel())
-        return Pending(name, work, self._where(), lambda: [
-            _from_bytes(part, [(x.shape, x.dtype)])[0] for part in parts])
+        spec = [(x.shape, x.dtype)]
+        return Pending(name, work, self._where(), send, lambda: [_from_bytes(part, spec)[0] for part in parts])
 
     def all_to_all(
         self, name: str, send: Sequence[Sequence[Tensor]],
@@ -92,19 +93,26 @@ class Communicator:
             received, data, sizes, [b.numel() for b in buffers], group=self.group, async_op=True))
         self._count(name, sum(sizes))
         specs = [spec for part in receive for spec in part]
-        # `data` must live until the exchange is done; the closure holds it.
-        return Pending(name, work, self._where(), lambda: _from_bytes(received, specs) if data is not None else [])
+        return Pending(name, work, self._where(), data, lambda: _from_bytes(received, specs))
 
     def agree(self, key: str, problem: str | None) -> None:
-        """Check once that all ranks call with the same `key` and none has a `problem`.
+        """Check that all ranks call with the same `key` and none has a `problem`: once for each key.
 
-        Raises ValueError with what every rank has to say, on all ranks.
+        Raises ValueError with what every rank has to say, on all ranks. A rank that differs in a later call, after the
+        others have agreed, cannot reach them: it waits for the group's timeout, and then says what it knows.
         """
         known = _AGREED.setdefault(self.group, set())
         if problem is None and key in known:
             return
         said: list[tuple[str, str | None]] = [("", None)] * self.size
-        dist.all_gather_object(said, (key, problem), group=self.group)
+        try:
+            dist.all_gather_object(said, (key, problem), group=self.group)
+        except Exception as error:
+            if problem is not None:  # the others had no problem and went on, so they did not listen
+                raise ValueError(problem) from error
+            raise RuntimeError(
+                f"exchange 'agreement' was pending on {self._where()} and failed: another rank died, hung, left, or "
+                f"calls with other shapes or settings than this one, which has {key}: {error}") from error
         troubles = [f"rank {rank}: {trouble}" for rank, (_, trouble) in enumerate(said) if trouble is not None]
         if troubles:
             raise ValueError("context-parallel attention cannot run; " + "; ".join(troubles))
@@ -151,6 +159,6 @@ def _from_bytes(buffer: Tensor, specs: Sequence[tuple[Sequence[int], torch.dtype
     tensors, at = [], 0
     for shape, dtype in specs:
         size = prod(shape) * dtype.itemsize
-        tensors.append(buffer[at:at + size].view(dtype).view(*shape))
+        tensors.append(buffer[at:at + size].view(dtype).view(tuple(shape)))
         at += padded(size)
     return tensors

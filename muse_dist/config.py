@@ -134,7 +134,9 @@ class MuseConfig:
     @classmethod
     def paper(cls, **changes: Any) -> MuseConfig:
         """The setting of the 2025 paper: blocks of 8192, 64 clusters a block, no halo, no sinks, nothing opened."""
-        part = max(1, changes.get("block", 8192) // 64)
+        block = changes.get("block", 8192)
+        _check_type("block", block, 8192)
+        part = max(1, block // 64)
         return cls(**{"block": 8192, "halo": 0, "leaf": part, "group": part, "anchors": 64, "remote_leaf": part,
                       "opened": 0, "sinks": 0, "trace": False, **changes})
 

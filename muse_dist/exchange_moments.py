@@ -99,15 +99,15 @@ def _specs(s: Shard, k: Tensor, pairs: int) -> list[tuple[tuple[int, ...], torch
     return message_specs(k.shape, s.dtype, k.dtype, s.config, s.layout) * pairs
 
 
-def _pairs(s: Shard, target: int) -> list[tuple[int, int]]:
+def _pairs(s: Shard, target: int) -> tuple[tuple[int, int], ...]:
     """(own chunk, chunk of rank `target`) of the messages this rank sends it."""
     return chunk_pairs(s.layout, s.comm.rank, target, s.config)
 
 
-def _chunk_leaves(s: Shard, x: Tensor, plan: Plan, chunk: int) -> Tensor:
-    """The leaves of one of this rank's chunks that others see: x [B, K, S, D] -> [B, K, J, remote_leaf, D]."""
+def _chunk_leaves(s: Shard, x: Tensor, plan: Plan) -> dict[int, Tensor]:
+    """The leaves others see, by chunk of this rank: x [B, K, S, D] -> [B, K, J, remote_leaf, D] each."""
     chunks = s.layout.chunks_of(s.comm.rank)
-    return to_leaves(x, plan, s.config.remote_leaf).chunk(len(chunks), 2)[chunks.index(chunk)]
+    return dict(zip(chunks, to_leaves(x, plan, s.config.remote_leaf).chunk(len(chunks), 2), strict=True))
 
 
 def _anchor_of(s: Shard, everyone: Tensor, rank: int, chunk: int) -> Tensor:
@@ -118,12 +118,13 @@ def _anchor_of(s: Shard, everyone: Tensor, rank: int, chunk: int) -> Tensor:
 def _post_moments(s: Shard, k: Tensor, v: Tensor, plan: Plan, everyone: Tensor) -> Pending:
     """Send every rank the moments of this rank's leaves about the anchors of its chunks."""
     ops, config = kernels_for(s.config, k.device), s.config
+    keys, values = _chunk_leaves(s, k, plan), _chunk_leaves(s, v, plan)
     send: list[list[Tensor]] = []
     for rank in range(s.comm.size):
         send.append([])
         for mine, theirs in _pairs(s, rank):
-            leaf = ops.moments(_anchor_of(s, everyone, rank, theirs), _chunk_leaves(s, k, plan, mine),
-                               _chunk_leaves(s, v, plan, mine), s.scale, remote_valid(mine, s.layout, config, k.device))
+            leaf = ops.moments(_anchor_of(s, everyone, rank, theirs), keys[mine], values[mine], s.scale,
+                               remote_valid(mine, s.layout, config, k.device))
             send[-1] += to_message(leaf, s.dtype, config.trace)
     receive = [_specs(s, k, len(chunk_pairs(s.layout, rank, s.comm.rank, config))) for rank in range(s.comm.size)]
     return s.comm.all_to_all("moments", send, receive, k.device)
@@ -160,17 +161,15 @@ def _moment_gradients_home(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of this rank's k and v [B, K, S, D] from the moments it sent."""
     ops = kernels_for(s.config, k.device)
-    chunks = s.layout.chunks_of(s.comm.rank)
-    dk = [torch.zeros_like(_chunk_leaves(s, k, plan, chunk)) for chunk in chunks]
-    dv = [torch.zeros_like(x) for x in dk]
+    keys, values = _chunk_leaves(s, k, plan), _chunk_leaves(s, v, plan)
+    dk, dv = ({chunk: torch.zeros_like(x) for chunk, x in keys.items()} for _ in range(2))
     pairs = [(rank, pair) for rank in range(s.comm.size) for pair in _pairs(s, rank)]
     for message, (rank, (mine, theirs)) in zip(messages, pairs, strict=True):
         anchor = _anchor_of(s, everyone, rank, theirs)
-        keys, values = _chunk_leaves(s, k, plan, mine), _chunk_leaves(s, v, plan, mine)
         valid = remote_valid(mine, s.layout, s.config, k.device)
-        leaf = ops.moments(anchor, keys, values, s.scale, valid)
-        d_keys, d_values = ops.moments_backward(from_message(message), anchor, keys, values, leaf, s.scale, valid)
-        dk[chunks.index(mine)] += d_keys
-        dv[chunks.index(mine)] += d_values
-    tokens = k.shape[2]
-    return from_leaves(torch.cat(dk, 2), plan, tokens), from_leaves(torch.cat(dv, 2), plan, tokens)
+        leaf = ops.moments(anchor, keys[mine], values[mine], s.scale, valid)
+        d_keys, d_values = ops.moments_backward(
+            from_message(message), anchor, keys[mine], values[mine], leaf, s.scale, valid)
+        dk[mine] += d_keys
+        dv[mine] += d_values
+    return tuple(from_leaves(torch.cat(list(x.values()), 2), plan, k.shape[2]) for x in (dk, dv))  # type: ignore

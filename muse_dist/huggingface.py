@@ -220,7 +220,7 @@ def _check_positions(module: nn.Module, position_ids: Tensor | None, expected: T
     A shard's positions must be the `expected` ones, or its rotary embeddings would be those of other tokens.
     """
     if position_ids is None or position_ids.dim() != 2:
-        if expected is not None and position_ids is None:
+        if expected is not None:
             raise ValueError(SHARDED)
         return
     kinds = getattr(getattr(module, "config", None), "layer_types", None) or []

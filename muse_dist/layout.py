@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -113,11 +114,12 @@ class Layout:
         return torch.cat(list(shards), dim).index_select(dim, places.argsort().to(shards[0].device))
 
 
-def halo_blocks(layout: Layout, rank: int, config: MuseConfig) -> list[int]:
+@lru_cache(maxsize=1024)
+def halo_blocks(layout: Layout, rank: int, config: MuseConfig) -> tuple[int, ...]:
     """Blocks other ranks hold that some block of this rank reads exactly, in the order of the sequence."""
-    mine = layout.blocks_of(rank)
-    return [j for j in range(layout.chunks * layout.chunk_blocks)
-            if j not in set(mine) and any(is_near(i, j, config) for i in mine)]
+    mine, count = set(layout.blocks_of(rank)), layout.chunks * layout.chunk_blocks
+    near = {i + step for i in mine for step in range(-config.halo, config.halo + 1) if is_near(i, i + step, config)}
+    return tuple(sorted(j for j in near - mine if 0 <= j < count))
 
 
 def needs_sinks(layout: Layout, rank: int, config: MuseConfig) -> bool:
@@ -126,11 +128,17 @@ def needs_sinks(layout: Layout, rank: int, config: MuseConfig) -> bool:
     return config.sinks > 0 and 0 not in mine and any(is_far(i, 0, config) for i in mine)
 
 
-def chunk_pairs(layout: Layout, source: int, target: int, config: MuseConfig) -> list[tuple[int, int]]:
+@lru_cache(maxsize=1024)
+def chunk_pairs(layout: Layout, source: int, target: int, config: MuseConfig) -> tuple[tuple[int, int], ...]:
     """(chunk of `source`, chunk of `target`) for all moments that rank `source` sends rank `target`, in order.
 
     A pair of chunks that are near in every block has no far field between them and is left out.
     """
-    return [(mine, theirs) for theirs in layout.chunks_of(target) for mine in sorted(layout.chunks_of(source))
-            if source != target and any(is_far(i, j, config) for i in layout.blocks_of_chunk(theirs)
-                                        for j in layout.blocks_of_chunk(mine))]
+    return tuple((mine, theirs) for theirs in layout.chunks_of(target) for mine in sorted(layout.chunks_of(source))
+                 if source != target and _any_far(layout, theirs, mine, config))
+
+
+def _any_far(layout: Layout, queries: int, keys: int, config: MuseConfig) -> bool:
+    """Whether any two blocks of two chunks are far: the ones at their outer ends are if any are."""
+    ends = [(layout.blocks_of_chunk(queries)[a], layout.blocks_of_chunk(keys)[b]) for a, b in ((0, -1), (-1, 0))]
+    return any(is_far(i, j, config) for i, j in ends)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from muse_dist import exchange_kv, exchange_moments
 from muse_dist.comm import Communicator
@@ -32,7 +33,8 @@ def make_shard(
         except ValueError as error:
             problem = str(error)
     # Sizes of this rank's own call; all ranks must say the same.
-    comm.agree(f"q {_describe(q)}, k {_describe(k)}, {layout}, scale={scale:.9g}, {config}", problem)
+    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k))
+    comm.agree(f"q {_describe(q)}, k {_describe(k)}, {layout}, scale={scale:.9g}, {backward=}, {config}", problem)
     assert described is not None
     return Shard(comm, described, config, scale, q.dtype)
 
@@ -56,6 +58,7 @@ class ParallelAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # second derivatives are refused, not wrong
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of q, k and v."""
         q, k, v, out, lse, *rest = ctx.saved_tensors

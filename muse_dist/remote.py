@@ -30,7 +30,7 @@ class RemoteLeaves(NamedTuple):
     """Moments of other ranks' leaves as one chunk of queries sees them."""
 
     leaf: Moments  # [B, K, Q, J] and [B, K, Q, J, D]
-    blocks: list[int]  # the block of the sequence every leaf lies in, [J]
+    blocks: list[int]  # the blocks of the sequence they lie in, in order
 
 
 def chunk_anchors(plan: Plan, layout: Layout, config: MuseConfig) -> ChunkAnchors:
@@ -84,9 +84,7 @@ def remote_leaves(messages: Sequence[Message], chunks: Sequence[int], layout: La
     """Join the messages for one chunk of queries, from `chunks` of keys."""
     parts = [from_message(message) for message in messages]
     leaf = Moments(*(torch.cat(column, 3) for column in zip(*parts)))
-    blocks = [block for chunk in chunks for block in layout.blocks_of_chunk(chunk)
-              for _ in range(config.block // config.remote_leaf)]
-    return RemoteLeaves(leaf, blocks)
+    return RemoteLeaves(leaf, [block for chunk in chunks for block in layout.blocks_of_chunk(chunk)])
 
 
 def sources(layout: Layout, rank: int, chunk: int, config: MuseConfig) -> list[tuple[int, int]]:
@@ -147,6 +145,7 @@ def _remote_blocks(
             part = anchors.part[:, :, i // per_chunk, i % per_chunk]
             anchor = anchor.gather(2, part[..., None].expand(*part.shape, anchor.shape[-1]))
         hidden = torch.tensor([not is_far(block, j, config) for j in remote.blocks], device=anchor.device)
+        hidden = hidden.repeat_interleave(config.block // config.remote_leaf)
         yield i, remote, anchor, part, hidden.expand(*blocks.q.shape[:2], blocks.q.shape[3], -1)
 
 

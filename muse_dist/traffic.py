@@ -31,7 +31,7 @@ def traffic(
         config: see `MuseConfig`.
         shape: (B, H, K, N, D) of the whole sequence: batch, query heads, key/value heads, tokens, head dim.
         ranks: context-parallel ranks P; layout and dtype: as in `muse_attention`.
-        rank: which one; None: the one that receives most moments (contiguous chunks are not balanced).
+        rank: which one; None: the one that receives most bytes with moments (contiguous chunks are not balanced).
     Returns:
         Traffic. Activation recomputation adds a forward.
     Raises:

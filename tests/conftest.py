@@ -1,5 +1,10 @@
 """Shared by all tests."""
+import os
+
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported, by whichever test that is
 
 
 def pytest_configure(config):

@@ -1,0 +1,78 @@
+"""The training command on two ranks that share every sequence."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+from muse_dist import MuseConfig, traffic
+
+SETTINGS = """
+[model]
+layers = 1
+width = 32
+heads = 2
+kv_heads = 1
+mlp = 64
+[train]
+steps = 5
+warmup = 1
+batch = 2
+threads = 1
+layout = "{layout}"
+[data]
+context = 256
+held_out_sequences = 2
+[muse]
+block = 32
+leaf = 8
+group = 16
+anchors = 2
+remote_leaf = 8
+opened = 2
+"""
+
+
+def run(folder, layout, ranks):
+    """results.json of a run."""
+    (folder / "small.toml").write_text(SETTINGS.format(layout=layout))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "launch.train", "--config", str(folder / "small.toml"),
+               "--name", f"{layout}{ranks}", "--out", str(folder), "--device", "cpu"]
+    result = subprocess.run(command, text=True, capture_output=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads((folder / f"{layout}{ranks}" / "results.json").read_text()), result.stdout
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_two_ranks_learn_what_one_does(tmp_path, layout):
+    alone, _ = run(tmp_path, layout, 1)
+    both, printed = run(tmp_path, layout, 2)
+    first = both["first_steps"]["loss"]
+    assert first["one rank"] == pytest.approx(alone["history"]["loss"][:3], rel=1e-6)
+    assert first["2 ranks, kv"] == pytest.approx(first["one rank"], rel=1e-6)
+    assert both["history"]["loss"] == pytest.approx(alone["history"]["loss"], rel=1e-3)
+    assert both["history"]["loss"] != alone["history"]["loss"], "moments are not the one-device result"
+    assert both["loss"]["exact"] == pytest.approx(alone["loss"]["exact"], rel=1e-3)
+    assert len(both["position_loss"]["muse"]) == 256
+    assert "bytes, of which halo and sinks" in printed and "2 ranks, kv" in printed
+
+
+def test_the_traffic_of_a_step_is_what_is_predicted(tmp_path):
+    import torch
+    results, _ = run(tmp_path, "zigzag", 2)
+    config = MuseConfig(block=32, leaf=8, group=16, anchors=2, remote_leaf=8, opened=2)
+    wanted = traffic(config, (2, 2, 1, 256, 16), 2, dtype=torch.float32, rank=0)
+    assert results["first_steps"]["traffic"] == {
+        "moments": wanted.moments, "kv": wanted.kv, "ring": wanted.ring}
+
+
+def test_a_context_that_does_not_divide_is_refused_by_all(tmp_path):
+    text = SETTINGS.format(layout="zigzag").replace("context = 256", "context = 200")
+    (tmp_path / "small.toml").write_text(text)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "launch.train",
+         "--config", str(tmp_path / "small.toml"), "--out", str(tmp_path), "--device", "cpu"],
+        text=True, capture_output=True, timeout=200, check=False)
+    assert result.returncode != 0
+    assert "200 tokens over 2 ranks" in result.stderr and "multiple of 128" in result.stderr
