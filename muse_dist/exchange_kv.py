@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from muse_dist.comm import Pending
 from muse_dist.compute import far_backward, far_forward, group_rows, kernels_for, rows_to_tokens, ungroup
 from muse_dist.layout import near_pairs
 from muse_dist.shard import Shard
@@ -42,8 +43,10 @@ def backward(
     ops, config, plan = kernels_for(s.config, q.device), s.config, saved.plan
     gathered = s.comm.all_gather("keys and values", torch.stack([k, v]).to(s.dtype))
     delta = (dout * out).sum(-1)
-    own = ops.near_field_backward(
-        dout, q, k, v, lse, delta, s.scale, near_pairs(s.mine, s.mine, config), config.block)
+    pairs = near_pairs(s.mine, s.mine, config)
+    # The keys travel behind each block's own near field, the gradients behind that of the blocks beside it.
+    within, beside = ([p for p in pairs if (p[0] == p[1]) == same] for same in (True, False))
+    own = ops.near_field_backward(dout, q, k, v, lse, delta, s.scale, within, config.block)
     all_k, all_v = _all_tokens(s, gathered.wait()).to(k.dtype)
     dq, dk, dv = ops.near_field_backward(dout, q, all_k, all_v, lse, delta, s.scale, s.other_pairs, config.block)
     blocks = arrange(q, all_k, all_v, plan, config)
@@ -51,8 +54,12 @@ def backward(
     d_rows, d_keys, d_values = far_backward(rows, blocks, plan, s.mine, s.everything, s.scale, config)
     tokens = all_k.shape[2]
     grads = torch.stack([dk + from_leaves(d_keys, plan, tokens), dv + from_leaves(d_values, plan, tokens)])
-    sent = _sum_home(s, grads)
-    return dq + own[0] + ungroup(d_rows, plan, *q.shape[2:4]), sent[0] + own[1], sent[1] + own[2]
+    shares = [s.layout.shard(grads, rank, 3) for rank in range(s.comm.size)]
+    pending = _post_shares(s, shares)
+    rest = ops.near_field_backward(dout, q, k, v, lse, delta, s.scale, beside, config.block)
+    dq = dq + ungroup(d_rows, plan, *q.shape[2:4]) + own[0] + rest[0]
+    sent = _sum_shares(s, pending, shares[s.comm.rank])
+    return dq, sent[0] + own[1] + rest[1], sent[1] + own[2] + rest[2]
 
 
 def _all_tokens(s: Shard, shards: list[Tensor]) -> Tensor:
@@ -60,15 +67,19 @@ def _all_tokens(s: Shard, shards: list[Tensor]) -> Tensor:
     return s.layout.join(shards, 3)
 
 
-def _sum_home(s: Shard, grads: Tensor) -> Tensor:
-    """Every rank's share of the gradients [2, B, K, N, D], summed over ranks in rank order: [2, B, K, S, D]."""
-    shares = [s.layout.shard(grads, rank, 3) for rank in range(s.comm.size)]
+def _post_shares(s: Shard, shares: list[Tensor]) -> Pending:
+    """Send every other rank its share [2, B, K, S, D] of the gradients of all keys and values."""
     others = [rank for rank in range(s.comm.size) if rank != s.comm.rank]
     send = [[share.to(s.dtype)] if rank in others else [] for rank, share in enumerate(shares)]
     spec = (tuple(shares[0].shape), s.dtype)
     receive = [[spec] if rank in others else [] for rank in range(s.comm.size)]
-    received = iter(s.comm.all_to_all("keys and values gradients", send, receive, grads.device).wait())
-    total = torch.zeros_like(shares[0])
+    return s.comm.all_to_all("keys and values gradients", send, receive, shares[0].device)
+
+
+def _sum_shares(s: Shard, pending: Pending, mine: Tensor) -> Tensor:
+    """This rank's share [2, B, K, S, D], summed over the ranks in rank order."""
+    received = iter(pending.wait())
+    total = torch.zeros_like(mine)
     for rank in range(s.comm.size):
-        total += next(received).to(grads.dtype) if rank in others else shares[rank]
+        total += mine if rank == s.comm.rank else next(received).to(mine.dtype)
     return total
