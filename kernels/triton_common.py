@@ -24,7 +24,7 @@ class Tile(NamedTuple):
 
     rows: int  # query rows or anchors in a tile, a power of two >= 16
     keys: int  # keys or leaves in a tile, a power of two from 16 to 64
-    warps: int
+    warps: int  # 4, or 8 for head dims above 16; 8 make tiles of 16 rows or keys ones of 32, see `side`
     stages: int  # tiles in flight
 
 
@@ -51,6 +51,15 @@ def backward_tile(dim: int, dtype: torch.dtype) -> Tile:
 def padded(size: int) -> int:
     """The power of two that tiles of `size` take; tl.dot needs 16."""
     return max(16, triton.next_power_of_2(size))
+
+
+def side(size: int, most: int, warps: int) -> int:
+    """The power of two that a tile spans of `size` rows or keys: at most `most`, at least 4 * warps.
+
+    For eight warps and 16 columns Triton 3.6 multiplies by Hopper's wgmma in pieces of 8 columns, which in fp32 ends in
+    illegal memory accesses (https://github.com/triton-lang/triton/issues/10629). Pieces of 16 columns do not.
+    """
+    return max(4 * warps, min(most, triton.next_power_of_2(size)))
 
 
 def check_kernel_inputs(dim: int, leaf: int, **tensors: Tensor | None) -> None:

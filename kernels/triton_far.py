@@ -13,7 +13,7 @@ from torch import Tensor
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
     LOG2E, PRECISION, Tile, check_kernel_inputs, forward_tile, leaf_span, load_rows, load_vector, padded, sees,
-    store_rows,
+    side, store_rows,
 )
 
 
@@ -65,13 +65,13 @@ class FarCall:
             None if valid is None else valid.contiguous().view(torch.uint8),
             None if opened is None or not slots else opened.contiguous(), sight.query, sight.key)
         self.numbers = (scale, blocks, groups, leaves, sight.halo)
-        rows = min(tile.rows, padded(size))
+        rows, columns = side(size, tile.rows, tile.warps), side(tile.keys, tile.keys, tile.warps)
         self.row_tiles = -(-size // rows)
         self.by_group = (blocks * groups * self.row_tiles, q.shape[0] * q.shape[1])
         self.constants = {
             "SIZE": size, "PARTS": anchors, "PER_BLOCK": self.per_block, "LEAF": keys, "SLOTS": slots, "DIM": dim,
             "CAUSAL": sight.causal, "TRACE": trace, "HAS_VALID": valid is not None, "ROWS": rows,
-            "LEAVES": tile.keys, "KEYS": min(tile.keys, padded(keys)), "SLOTS_PAD": padded(slots),
+            "LEAVES": columns, "KEYS": side(keys, tile.keys, tile.warps), "SLOTS_PAD": padded(slots),
             "DIM_PAD": padded(dim), "num_warps": tile.warps, "num_stages": tile.stages}
 
 

@@ -44,7 +44,7 @@ def far_field_backward(
     grad = Moments(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in leaf))
     if not trace:
         grad.trace.zero_()
-    tiles = -(-leaf.mass.shape[-1] // tile.keys)
+    tiles = -(-leaf.mass.shape[-1] // call.constants["LEAVES"])
     _moment_backward[tiles, anchor.shape[2] * anchor.shape[3], q.shape[0] * q.shape[1]](
         *call.tensors, span, dout, lse, delta, square, *grad, *call.numbers, **call.constants)
     if k is None or v is None or opened is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
-    LOG2E, Tile, anchor_span, check_kernel_inputs, load_rows, padded, sees, store_rows,
+    LOG2E, Tile, anchor_span, check_kernel_inputs, load_rows, padded, sees, side, store_rows,
 )
 
 
@@ -88,10 +88,12 @@ def _constants(
 ) -> dict[str, int | bool]:
     """The compile-time arguments that both kernels take."""
     leaves, leaf, dim = k.shape[2:]
+    warps = 4 if k.dtype == torch.float32 else tile.warps  # fp32 takes no tensor cores here: no side of 32 is needed
     return {
         "PARTS": parts, "PER_BLOCK": leaves // sight.key.shape[0], "LEAF": leaf, "DIM": dim,
-        "CAUSAL": sight.causal, "HAS_VALID": valid is not None, "ANCHORS": min(tile.rows, padded(blocks * parts)),
-        "LEAF_PAD": padded(leaf), "DIM_PAD": padded(dim), "num_warps": tile.warps, "num_stages": tile.stages}
+        "CAUSAL": sight.causal, "HAS_VALID": valid is not None, "ANCHORS": side(blocks * parts, tile.rows, warps),
+        "LEAF_PAD": side(leaf, padded(leaf), warps), "DIM_PAD": padded(dim), "num_warps": tile.warps,
+        "num_stages": tile.stages}
 
 
 @triton.jit

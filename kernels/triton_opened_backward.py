@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muse_dist.kernels.leaf_readers import Readers
-from muse_dist.kernels.triton_common import LOG2E, PRECISION, Tile, load_base2, load_rows, padded, store_rows
+from muse_dist.kernels.triton_common import LOG2E, PRECISION, Tile, load_base2, load_rows, padded, side, store_rows
 
 
 def opened_backward(
@@ -28,14 +28,14 @@ def opened_backward(
     batch, size = k.shape[0] * k.shape[1], q.shape[4]
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     partial = torch.empty((max(readers.slots, 1), 2, leaf, dim), dtype=torch.float32, device=k.device)
-    keys = min(tile.keys, padded(leaf))
+    keys = side(leaf, tile.keys, tile.warps)
     constants = {"LEAF": leaf, "DIM": dim, "KEYS": keys, "DIM_PAD": padded(dim), "num_warps": tile.warps}
     flags = None if valid is None else valid.contiguous().view(torch.uint8)
     tiles = -(-leaf // keys)
     _backward[readers.leaf.shape[0], tiles](
         dout, q, k.contiguous(), v.contiguous(), flags, lse, delta, *readers[:5], partial, dk, dv, scale, batch,
-        leaves, q.shape[2] * q.shape[3], SIZE=size, HAS_VALID=valid is not None, ROWS=min(tile.rows, padded(size)),
-        num_stages=tile.stages, **constants)
+        leaves, q.shape[2] * q.shape[3], SIZE=size, HAS_VALID=valid is not None,
+        ROWS=side(size, tile.rows, tile.warps), num_stages=tile.stages, **constants)
     _add_partials[leaves * batch, tiles](readers.shared, partial, dk, dv, batch, leaves, **constants)
     return dk, dv
 
