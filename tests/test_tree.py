@@ -217,3 +217,10 @@ def test_a_short_sequence_needs_no_plan(length):
     q, k, v = random_inputs(8, 1, 2, 1, length, 4)
     assert torch.equal(muse_attention(q, k, v, config=config),
                        muse_attention(q, k, v, config=small(anchors=1, leaf=8, opened=0, sinks=0)))
+
+
+def test_one_group_a_block_keeps_the_strides_that_compilers_expect():
+    """The order of a block that needs no split is a view of one range; the operator must not return that."""
+    config = small(group=8, anchors=1)
+    q, k, _ = random_inputs(3, 2, 2, 2, 45, 5)
+    torch.library.opcheck(torch.ops.muse_dist.plan, (q, k, 0.4, config.encoded))
