@@ -61,7 +61,8 @@ class MuseConfig:
     exchange: Exchange = _option("moments", (
         "what context-parallel ranks send each other: 'moments' of their leaves, or 'kv', all keys and values "
         "(the one-device result, at the traffic of exact attention)"))
-    backend: Backend = _option("auto", "'torch' is plain PyTorch, on any device; 'auto' takes the fastest there is, so far that one")
+    backend: Backend = _option("auto", (
+        "'torch' is plain PyTorch, on any device; 'auto' takes the fastest there is, so far that one"))
 
     # JSON of the fields, for operators of PyTorch, which take numbers and strings. Not a field: every instance has its
     # own, made once, because torch.compile cannot trace json.
