@@ -1,5 +1,7 @@
 # make run: train the small example; make test: lint and the whole test suite. Both install into .venv first.
 PYTHON ?= python3
+# Processes of make run; one a GPU by default.
+RANKS ?=
 CONFIG ?= configs/tiny.toml
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -9,7 +11,7 @@ STAMP := .venv/.installed
 # The GPUs of the machine, a power of two of them, share each sequence; two processes where there is none.
 run: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node \
-		$${RANKS:-$$($(BIN)/python -c 'import torch; n = torch.cuda.device_count(); print(1 << n.bit_length() - 1 if n else 2)')} \
+		$(or $(RANKS),$$($(BIN)/python -c 'import torch; n = torch.cuda.device_count(); print(1 << n.bit_length() - 1 if n else 2)')) \
 		-m launch.train --config $(CONFIG)
 
 test: lint

@@ -25,7 +25,7 @@ __all__ = [
     "opened_leaves_backward", "principal_axes", "tilt",
 ]
 
-PROBES = 4  # query means a group chooses its opened leaves with; 1 opens worse leaves, 16 are little better than 4
+PROBES = 4  # query means a group chooses its leaves with: 1 chooses worse, 16 a little better at four times the cost
 NEG_INF = float("-inf")
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from muse_dist import MuseConfig, muse_attention
 from muse_dist.attention import near_only
-from muse_dist.compute import near_forward
+from muse_dist.checks import check_inputs
+from muse_dist.compute import near_forward, working
 from muse_dist.emulation import emulate_ranks
 from muse_dist.kernels import reference
 from muse_dist.layout import LayoutName
@@ -88,9 +89,8 @@ def ablated(
     """
     if far not in get_args(Far):
         raise ValueError(f"far={far!r}: must be one of {', '.join(get_args(Far))}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    rows, keys, values = q.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype), v.to(dtype)
+    scale = check_inputs(q, k, v, config, scale)
+    rows, keys, values = working(q, k, v)
     near, near_lse = near_forward(rows, keys, values, scale, config)
     if not has_far_field(q.shape[2], config):
         return near.reshape(q.shape).to(q.dtype)

@@ -31,8 +31,8 @@ class Monitor:
         self._steps, self._tokens = config.train.steps, config.train.batch * config.data.context
         self._line_every = max(config.train.steps // 20, 1)
         self._start = time.perf_counter()
-        self._bar = tqdm(total=self._steps * self._tokens, unit=" tokens", unit_scale=True, file=sys.stdout,
-                         desc=config.name, dynamic_ncols=True) if sys.stdout.isatty() else None
+        self._name = config.name
+        self._bar: tqdm[Any] | None = None
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Show and log the metrics of step 1, 2, ...; "loss" must be among them."""
@@ -64,6 +64,11 @@ class Monitor:
             self._bar.close()
 
     def __enter__(self) -> Monitor:
+        """The clock and the bar start here, when training does."""
+        self._start = time.perf_counter()
+        if sys.stdout.isatty():
+            self._bar = tqdm(total=self._steps * self._tokens, unit=" tokens", unit_scale=True, file=sys.stdout,
+                             desc=self._name, dynamic_ncols=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

@@ -42,25 +42,33 @@ def main(arguments: list[str] | None = None) -> None:
         config = RunConfig.from_toml(options.config, name=options.name, steps=options.steps, seed=options.seed)
         device = pick_device(options.device)
         corpus = load_corpus(config.data)
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
-        transformers_logging.disable_progress_bar()
-        with join_ranks(device, config.layout) as ranks:
-            _run(config, corpus, ranks, options)
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    transformers_logging.disable_progress_bar()
+    with join_ranks(device, config.layout) as ranks:
+        try:
+            monitor = _prepare(config, ranks, options)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        _run(config, corpus, ranks, options.out / config.name, monitor)
 
 
-def _run(config: RunConfig, corpus: Corpus, ranks: Ranks, options: argparse.Namespace) -> None:
+def _prepare(config: RunConfig, ranks: Ranks, options: argparse.Namespace) -> Monitor | Silent:
+    """Check what depends on the ranks, and make the folder and the monitor of the one that writes and prints."""
+    if ranks.size > 1:
+        ranks.split(config.data.context, config.muse.block)
+    if not ranks.first:
+        return Silent()
+    folder = _fresh_folder(options.out / config.name)
+    (folder / "config.toml").write_text(config.to_toml())
+    return Monitor(config, folder, options.wandb)
+
+
+def _run(config: RunConfig, corpus: Corpus, ranks: Ranks, folder: Path, monitor: Monitor | Silent) -> None:
     """Train, measure and report; one rank writes and prints."""
-    split = ranks.split(config.data.context, config.muse.block) if ranks.size > 1 else None
-    folder = options.out / config.name
-    monitor: Monitor | Silent = Silent()
-    first_steps = compare_first_steps(corpus, config, ranks) if split is not None else {}
-    if ranks.first:
-        _fresh_folder(folder)
-        (folder / "config.toml").write_text(config.to_toml())
-        monitor = Monitor(config, folder, options.wandb)
+    first_steps = compare_first_steps(corpus, config, ranks) if ranks.size > 1 else {}
     counter = ByteCounter()
     with monitor:
         model = build_model(config, ranks.device, ranks, counter)

@@ -143,12 +143,12 @@ class MuseConfig:
 
     @classmethod
     def fast(cls, **changes: Any) -> MuseConfig:
-        """The cheapest setting measured within 0.02 nats of exact attention (launch/results)."""
+        """Within 0.02 nats of exact attention without retraining, up to 64k tokens on one model (launch/results)."""
         return cls(**{"block": 2048, "opened": 12, **changes})
 
     @classmethod
     def accurate(cls, **changes: Any) -> MuseConfig:
-        """Within 0.008 nats of exact attention without retraining (launch/results)."""
+        """Within 0.008 nats of exact attention without retraining, up to 64k tokens on one model (launch/results)."""
         return cls(**{"block": 2048, "halo": 2, "opened": 24, **changes})
 
 

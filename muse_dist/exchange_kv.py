@@ -26,7 +26,7 @@ def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     plan = order_blocks(q, k, config, config.leaf, s.mine[0] == 0)
     orders = s.comm.all_gather("key order", plan.key_order.to(torch.int32))
     parts = [ops.near_field(q, k, v, s.scale, near_pairs(s.mine, s.mine, config), config.block)]
-    all_k, all_v = _all_tokens(s, gathered.wait()).to(k.dtype)
+    all_k, all_v = s.layout.join(gathered.wait(), 3).to(k.dtype)  # [B, K, N, D] each
     plan = plan._replace(key_order=s.layout_blocks(orders.wait()).to(torch.int64),
                          anchors=plan.anchors.to(s.dtype).to(q.dtype))
     parts.append(ops.near_field(q, all_k, all_v, s.scale, s.other_pairs, config.block))
@@ -47,7 +47,7 @@ def backward(
     # The keys travel behind each block's own near field, the gradients behind that of the blocks beside it.
     within, beside = ([p for p in pairs if (p[0] == p[1]) == same] for same in (True, False))
     own = ops.near_field_backward(dout, q, k, v, lse, delta, s.scale, within, config.block)
-    all_k, all_v = _all_tokens(s, gathered.wait()).to(k.dtype)
+    all_k, all_v = s.layout.join(gathered.wait(), 3).to(k.dtype)
     dq, dk, dv = ops.near_field_backward(dout, q, all_k, all_v, lse, delta, s.scale, s.other_pairs, config.block)
     blocks = arrange(q, all_k, all_v, plan, config)
     rows = group_rows(dout, lse, delta, blocks, plan, config)
@@ -60,11 +60,6 @@ def backward(
     dq = dq + ungroup(d_rows, plan, *q.shape[2:4]) + own[0] + rest[0]
     sent = _sum_shares(s, pending, shares[s.comm.rank])
     return dq, sent[0] + own[1] + rest[1], sent[1] + own[2] + rest[2]
-
-
-def _all_tokens(s: Shard, shards: list[Tensor]) -> Tensor:
-    """Shards [2, B, K, S, D] of all ranks in the order of the sequence: [2, B, K, N, D]."""
-    return s.layout.join(shards, 3)
 
 
 def _post_shares(s: Shard, shares: list[Tensor]) -> Pending:
