@@ -70,11 +70,11 @@ def _run(config: RunConfig, corpus: Corpus, ranks: Ranks, folder: Path, monitor:
     """Train, measure and report; one rank writes and prints."""
     first_steps = compare_first_steps(corpus, config, ranks) if ranks.size > 1 else {}
     counter = ByteCounter()
+    model = build_model(config, ranks.device, ranks, counter)
+    if ranks.first:
+        print(f"{config.name}: {model.num_parameters():,} parameters on {ranks.size} x {ranks.device.type}, "
+              f"{len(corpus.train):,} tokens to train on", flush=True)
     with monitor:
-        model = build_model(config, ranks.device, ranks, counter)
-        if ranks.first:
-            print(f"{config.name}: {model.num_parameters():,} parameters on {ranks.size} x {ranks.device.type}, "
-                  f"{len(corpus.train):,} tokens to train on", flush=True)
         history = train(model, corpus, config, monitor, ranks)
         monitor.close_bar()
         if first_steps:
