@@ -14,9 +14,24 @@ import torch
 from torch import Tensor
 
 from muse_dist.kernels import reference
-from muse_dist.kernels.reference import Moments
+from muse_dist.kernels.clustering import bisect, gather_rows, principal_axes, project, scatter_rows
+from muse_dist.kernels.reference import Moments, mean_rows, merge, near_field, near_field_backward
 
-__all__ = ["Moments", "Sight", "far_field", "far_field_backward", "moments", "moments_backward", "seen_blocks"]
+__all__ = [
+    "Moments", "Sight", "bisect", "far_field", "far_field_backward", "gather_rows", "mean_rows", "merge", "moments",
+    "moments_backward", "near_field", "near_field_backward", "open_leaves", "principal_axes", "project", "row_dots",
+    "scatter_rows", "seen_blocks", "working_dtype",
+]
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that tensors of `dtype` are handed over in: half precision is computed in fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products of the rows of a and b [..., D], in at least fp32: [...]."""
+    return (a.to(_work(a)) * b.to(_work(b))).sum(-1)
 
 
 class Sight(NamedTuple):
@@ -75,7 +90,7 @@ def moments_backward(
 
 def far_field(
     q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None, sight: Sight,
-    scale: float, trace: bool, valid: Tensor | None = None,
+    scale: float, trace: bool, valid: Tensor | None = None, use: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of groups of query rows to far leaves: to the keys of the opened ones, to the moments of the others.
 
@@ -85,6 +100,8 @@ def far_field(
         k, v: [B, K, J, m, D]; opened: integers [B, K, n, U, O], different leaves that the group's block sees, -1 for
             an empty slot. All three None if nothing is opened.
         trace: whether the logits have the second-order term; valid: bool [J, m], which keys exist; all if None.
+        use: integers [B, K, n, A]. If given, all blocks share Q anchors [B, K, Q, D], moments [B, K, Q, J] are about
+            these, and part a of a block takes the anchor it names.
     Returns:
         out [B, K, n, U, g, D] in the dtype of q and lse [B, K, n, U, g] in at least fp32; 0 and -inf for a group that
         sees nothing.
@@ -92,7 +109,7 @@ def far_field(
     work = _work(q)
     results = []
     for i, seen in enumerate(_seen_leaves(sight, leaf.mass.shape[-1])):
-        rows, about, here, choice, hidden = _block(i, seen, q, anchor, leaf, opened)
+        rows, about, here, choice, hidden = _block(i, seen, q, anchor, leaf, opened, use)
         parts = [reference.far_field(rows, about, here, hidden, scale, trace)]
         if choice is not None and choice.shape[-1] and k is not None and v is not None:
             parts.append(reference.opened_leaves(rows, k.to(work), v.to(work), choice, scale, valid))
@@ -104,6 +121,7 @@ def far_field(
 def far_field_backward(
     dout: Tensor, q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None,
     lse: Tensor, delta: Tensor, sight: Sight, scale: float, trace: bool, valid: Tensor | None = None,
+    use: Tensor | None = None,
 ) -> tuple[Tensor, Moments, Tensor | None, Tensor | None]:
     """Gradients of `far_field` for q, for the moments, and for k and v as far as they were opened.
 
@@ -111,14 +129,15 @@ def far_field_backward(
         dout: [B, K, n, U, g, D]; lse, delta: fp32 [B, K, n, U, g] of the merged softmax, where lse = inf takes a row
             out; the others as in `far_field`.
     Returns:
-        dq, the gradients of the moments (unspecified where the moments are), dk and dv (None without opened leaves).
+        dq, the gradients of the moments [B, K, n, A, J, ...] (those of leaves out of sight are unspecified; with `use`,
+        each part's share of its anchor's), dk and dv (None without opened leaves).
     """
     work = _work(q)
     dq = torch.zeros_like(q, dtype=work)
     dk, dv = (None if opened is None or x is None else torch.zeros_like(x, dtype=work) for x in (k, v))
     grads = []
     for i, seen in enumerate(_seen_leaves(sight, leaf.mass.shape[-1])):
-        rows, about, here, choice, hidden = _block(i, seen, q, anchor, leaf, opened)
+        rows, about, here, choice, hidden = _block(i, seen, q, anchor, leaf, opened, use)
         d_rows, at, shift = dout[:, :, i].to(work), lse[:, :, i].to(work), delta[:, :, i].to(work)
         dq[:, :, i], grad = reference.far_field_backward(d_rows, rows, about, here, hidden, at, shift, scale, trace)
         grads.append(grad)
@@ -134,15 +153,24 @@ def far_field_backward(
 
 
 def _block(
-    i: int, seen: Tensor, q: Tensor, anchor: Tensor, leaf: Moments, opened: Tensor | None
+    i: int, seen: Tensor, q: Tensor, anchor: Tensor, leaf: Moments, opened: Tensor | None, use: Tensor | None
 ) -> tuple[Tensor, Tensor, Moments, Tensor | None, Tensor]:
     """Query rows, anchors, moments, opened leaves and hidden leaves [B, K, U, J] of query block i."""
     work = _work(q)
-    here = _only(Moments(*(x[:, :, i].to(work) for x in leaf)), seen)
+    about, *parts = (_of_block(x, i, use).to(work) for x in (anchor, *leaf))
+    here = _only(Moments(*parts), seen)
     choice = None if opened is None else opened[:, :, i].long()
     none = torch.full((*q.shape[:2], q.shape[3], 0), -1, dtype=torch.int64, device=q.device)
-    return q[:, :, i].to(work), anchor[:, :, i].to(work), here, choice, reference.hidden_leaves(
+    return q[:, :, i].to(work), about, here, choice, reference.hidden_leaves(
         none if choice is None else choice, seen)
+
+
+def _of_block(x: Tensor, i: int, use: Tensor | None) -> Tensor:
+    """What the parts of block i have of x: [B, K, n, A, ...] or, with `use`, [B, K, Q, ...] -> [B, K, A, ...]."""
+    if use is None:
+        return x[:, :, i]
+    part = use[:, :, i].long()
+    return x.gather(2, part.view(*part.shape, *[1] * (x.dim() - 3)).expand(-1, -1, -1, *x.shape[3:]))
 
 
 def _work(x: Tensor) -> torch.dtype:
@@ -161,3 +189,23 @@ def _seen_leaves(sight: Sight, leaves: int) -> Tensor:
 def _only(leaf: Moments, seen: Tensor) -> Moments:
     """Moments with zeros for the leaves [J] out of sight, where anything may stand."""
     return Moments(*(torch.where(seen if x.dim() == leaf.mass.dim() else seen[:, None], x, 0.0) for x in leaf))
+
+
+def open_leaves(
+    q: Tensor, k: Tensor, sight: Sight, opened: int, sinks: int, scale: float, row_valid: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Choose the leaves every group of queries reads exactly: the sinks, and the `opened` others with most attention.
+
+    Args:
+        q: sorted query rows [B, K, n, U, g, D]; k: leaves [B, K, J, m, D], of which 0 to sinks-1 are the sinks.
+        row_valid: bool [B, K, n, U, g], which rows exist; valid: bool [J, m], which keys exist; all if None.
+    Returns:
+        int64 [B, K, n, U, sinks + min(opened, J)]: leaves that the group's block sees, all different, first the sinks
+        and then the best; -1 where there is nothing left to open.
+    """
+    rows, keys = q.to(_work(q)), k.to(_work(k))
+    return torch.stack([
+        reference.open_leaves(
+            rows[:, :, i], keys, seen, opened, sinks, scale, None if row_valid is None else row_valid[:, :, i], valid)
+        for i, seen in enumerate(_seen_leaves(sight, k.shape[2]))], 2)

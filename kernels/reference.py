@@ -127,7 +127,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def open_leaves(
-    q: Tensor, k: Tensor, seen: Tensor, opened: int, sinks: int, scale: float, row_valid: Tensor,
+    q: Tensor, k: Tensor, seen: Tensor, opened: int, sinks: int, scale: float, row_valid: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
     """Choose the leaves every group of queries reads exactly: the sinks, and the `opened` others with most attention.
@@ -138,12 +138,14 @@ def open_leaves(
     Args:
         q: sorted query rows [..., U, g, D]; k: leaves [..., J, m, D], of which 0 to sinks-1 are the sinks.
         seen: bool [J], leaves in the far field of these queries.
-        row_valid: bool [..., U, g], which rows exist; valid: bool [J, m], which keys exist (all if None).
+        row_valid: bool [..., U, g], which rows exist; valid: bool [J, m], which keys exist; all if None.
     Returns:
         int64 [..., U, sinks + min(opened, J)]: leaf ids, all different; -1 where there is nothing left to open.
     """
     size, count = q.shape[-2], k.shape[-3]
     runs = PROBES if size % PROBES == 0 else 1
+    if row_valid is None:
+        row_valid = torch.ones(q.shape[:-1], dtype=torch.bool, device=q.device)
     row_valid = row_valid.unflatten(-1, (runs, -1))
     probe = mean_rows(q.unflatten(-2, (runs, -1)), row_valid)  # [..., U, runs, D]
     candidate = seen & (torch.arange(count, device=q.device) >= sinks)
@@ -160,9 +162,11 @@ def open_leaves(
     return torch.cat([first, chosen], -1)
 
 
-def mean_rows(q: Tensor, row_valid: Tensor) -> Tensor:
+def mean_rows(q: Tensor, row_valid: Tensor | None) -> Tensor:
     """Mean of the existing, finite rows of [..., g, D]; 0 where there is none. A NaN query must not reach others."""
-    use = (row_valid & q.isfinite().all(-1))[..., None]
+    use = q.isfinite().all(-1, keepdim=True)
+    if row_valid is not None:
+        use = use & row_valid[..., None]
     return torch.where(use, q, 0.0).sum(-2) / use.sum(-2).clamp(min=1)
 
 
@@ -196,10 +200,11 @@ def near_field(
 
 
 def near_field_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
     pairs: Sequence[tuple[int, int, bool]], block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) of `near_field`, with lse and delta [B, K, G, S] of the merged softmax."""
+    """Gradients (dq, dk, dv) of `near_field`, with out [B, K, G, S, D] and lse [B, K, G, S] of the merged softmax."""
+    delta = (dout * out).sum(-1)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows, spans, logit in _near_logits(q, k, scale, pairs, block):
         p = _exp_from(logit, lse[..., rows, None])

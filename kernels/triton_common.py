@@ -81,6 +81,23 @@ def check_kernel_inputs(dim: int, leaf: int, **tensors: Tensor | None) -> None:
                          "take smaller leaves or backend='torch'")
 
 
+def flags(valid: Tensor | None) -> Tensor | None:
+    """Booleans as bytes, which kernels can load."""
+    return None if valid is None else valid.contiguous().view(torch.uint8)
+
+
+def keep_heads(x: Tensor) -> tuple[Tensor, int]:
+    """Leaves [B, K, J, m, D] that kernels can read, and how many leaves lie between a head's first and the next's.
+
+    The first leaves of a longer tensor are read where they are; anything else is copied.
+    """
+    leaf = x.shape[3] * x.shape[4]
+    step = x.stride(1)
+    if x.stride()[2:] != (leaf, x.shape[4], 1) or step % leaf or x.stride(0) != x.shape[1] * step:
+        return x.contiguous(), x.shape[2]
+    return x, step // leaf
+
+
 def leaf_span(sight: Sight, per_block: int) -> Tensor:
     """int32 [n, 2]: the first leaf that a query block sees, and the one behind the last."""
     return _span(seen_blocks(sight)) * per_block

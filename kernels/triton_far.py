@@ -12,14 +12,14 @@ from torch import Tensor
 
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
-    LOG2E, PRECISION, Tile, check_kernel_inputs, forward_tile, leaf_span, load_rows, load_vector, padded, sees,
-    side, store_rows,
+    LOG2E, PRECISION, Tile, check_kernel_inputs, flags, forward_tile, keep_heads, leaf_span, load_rows, load_vector,
+    padded, sees, side, store_rows,
 )
 
 
 def far_field(
     q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None, sight: Sight,
-    scale: float, trace: bool, valid: Tensor | None = None, *, tile: Tile | None = None,
+    scale: float, trace: bool, valid: Tensor | None = None, use: Tensor | None = None, *, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of groups of query rows to far leaves: to the keys of the opened ones, to the moments of the others.
 
@@ -29,13 +29,15 @@ def far_field(
         k, v: [B, K, J, m, D]; opened: integers [B, K, n, U, O], different leaves that the group's block sees, -1 for
             an empty slot. All three None if nothing is opened.
         trace: whether the logits have the second-order term; valid: bool [J, m], which keys exist; all if None.
+        use: integers [B, K, n, A]. If given, all blocks share Q anchors [B, K, Q, D], moments [B, K, Q, J] are about
+            these, and part a of a block takes the anchor it names.
         tile: launch shape; pinned by head dim and dtype if None.
     Returns:
         out [B, K, n, U, g, D] in the dtype of q and lse [B, K, n, U, g] in fp32; 0 and -inf for a group that sees
         nothing.
     """
     tile = forward_tile(q.shape[-1], q.dtype) if tile is None else tile
-    call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, tile)
+    call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, use, tile)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     _forward[call.by_group](
@@ -48,60 +50,75 @@ class FarCall:
 
     def __init__(
         self, q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None,
-        sight: Sight, scale: float, trace: bool, valid: Tensor | None, tile: Tile,
+        sight: Sight, scale: float, trace: bool, valid: Tensor | None, use: Tensor | None, tile: Tile,
     ) -> None:
         blocks, groups, size, dim = q.shape[2:]
-        anchors, leaves = leaf.mass.shape[-2:]
+        leaves = leaf.mass.shape[-1]
         keys = 1 if k is None else k.shape[3]
         check_kernel_inputs(dim, keys, q=q, anchor=anchor, leaf_key=leaf.key, leaf_value=leaf.value, k=k, v=v)
         slots = 0 if opened is None else opened.shape[-1]
         q, anchor = q.contiguous(), anchor.contiguous()
         leaf = Moments(*(x.contiguous() for x in leaf))
-        shift = _shift(anchor, leaf, sight, scale)
         self.per_block = leaves // sight.key.shape[0]
+        self.parts = anchor.shape[3] if use is None else use.shape[-1]
+        held = 0
+        if slots and k is not None and v is not None:
+            (k, held), (v, _) = keep_heads(k), keep_heads(v)
         self.tensors = (
-            q, anchor, shift, leaf.key, leaf.value, leaf.trace if trace else None,
-            *(None if x is None or not slots else x.contiguous() for x in (k, v)),
-            None if valid is None else valid.contiguous().view(torch.uint8),
-            None if opened is None or not slots else opened.contiguous(), sight.query, sight.key)
-        self.numbers = (scale, blocks, groups, leaves, sight.halo)
+            q, anchor, _shift(anchor, leaf, sight, scale), leaf.key, leaf.value, leaf.trace if trace else None,
+            k if slots else None, v if slots else None, flags(valid),
+            None if opened is None or not slots else opened.contiguous(),
+            None if use is None else use.contiguous(), sight.query, sight.key)
+        self.numbers = (scale, blocks, groups, leaves, held, leaf.mass.shape[2] if use is not None else 0, sight.halo)
         rows, columns = side(size, tile.rows, tile.warps), side(tile.keys, tile.keys, tile.warps)
         self.row_tiles = -(-size // rows)
         self.by_group = (blocks * groups * self.row_tiles, q.shape[0] * q.shape[1])
         self.constants = {
-            "SIZE": size, "PARTS": anchors, "PER_BLOCK": self.per_block, "LEAF": keys, "SLOTS": slots, "DIM": dim,
-            "CAUSAL": sight.causal, "TRACE": trace, "HAS_VALID": valid is not None, "ROWS": rows,
-            "LEAVES": columns, "KEYS": side(keys, tile.keys, tile.warps), "SLOTS_PAD": padded(slots),
+            "SIZE": size, "PARTS": self.parts, "PER_BLOCK": self.per_block, "LEAF": keys, "SLOTS": slots, "DIM": dim,
+            "CAUSAL": sight.causal, "TRACE": trace, "HAS_VALID": valid is not None, "SHARED": use is not None,
+            "ROWS": rows, "LEAVES": columns, "KEYS": side(keys, tile.keys, tile.warps), "SLOTS_PAD": padded(slots),
             "DIM_PAD": padded(dim), "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _shift(anchor: Tensor, leaf: Moments, sight: Sight, scale: float) -> Tensor:
-    """mass - scale * anchor.key in base 2, fp32 [B, K, n, A, J]: the logit of a leaf for the query 0.
+    """mass - scale * anchor.key in base 2, fp32 in the shape of mass: the logit of a leaf for the query 0.
 
     With it a logit is shift + scale * q.key: queries are multiplied as they came, not rounded minus the anchor.
     """
-    blocks, parts, dim = anchor.shape[2:]
-    leaves = leaf.mass.shape[-1]
+    shared = anchor.dim() == 4  # anchors [B, K, Q, D] of all blocks together, instead of [B, K, n, A, D]
+    parts, leaves, dim = anchor.shape[-2], leaf.mass.shape[-1], anchor.shape[-1]
     shift = torch.empty(leaf.mass.shape, dtype=torch.float32, device=anchor.device)
+    span = None if shared else leaf_span(sight, leaves // sight.key.shape[0])
     rows = 64
-    grid = (-(-leaves // rows), blocks * parts, anchor.shape[0] * anchor.shape[1])
+    grid = (-(-leaves // rows), anchor[0, 0].numel() // dim, anchor.shape[0] * anchor.shape[1])
     _shift_kernel[grid](
-        anchor, leaf.mass, leaf.key, leaf_span(sight, leaves // sight.key.shape[0]), shift, scale, blocks, leaves,
-        PARTS=parts, ROWS=rows, DIM=dim, DIM_PAD=padded(dim))
+        anchor, leaf.mass, leaf.key, span, shift, scale, grid[1], leaves, PARTS=parts, SHARED=shared, ROWS=rows,
+        DIM=dim, DIM_PAD=padded(dim))
     return shift
 
 
 @triton.jit
-def _shift_kernel(anchor, mass, key, span, shift, scale, blocks, leaves, PARTS: tl.constexpr, ROWS: tl.constexpr,
-                  DIM: tl.constexpr, DIM_PAD: tl.constexpr):
+def _shift_kernel(anchor, mass, key, span, shift, scale, anchors, leaves, PARTS: tl.constexpr, SHARED: tl.constexpr,
+                  ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
     part = tl.program_id(1)
-    at = tl.program_id(2).to(tl.int64) * blocks * PARTS + part
+    at = tl.program_id(2).to(tl.int64) * anchors + part
     leaf = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ok = (leaf >= tl.load(span + part // PARTS * 2)) & (leaf < tl.load(span + part // PARTS * 2 + 1))
+    ok = leaf < leaves
+    if not SHARED:
+        ok = (leaf >= tl.load(span + part // PARTS * 2)) & (leaf < tl.load(span + part // PARTS * 2 + 1))
     about = load_vector(anchor + at * DIM, DIM, DIM_PAD)
     keys = load_rows(key + at * leaves * DIM, leaf, ok, DIM, DIM_PAD).to(tl.float32)
     logit = tl.load(mass + at * leaves + leaf, mask=ok, other=0.0) - scale * tl.sum(keys * about[None, :], 1)
     tl.store(shift + at * leaves + leaf, logit * LOG2E, mask=ok)
+
+
+@triton.jit
+def anchor_of(use, part, batch, anchors, SHARED: tl.constexpr):
+    """Where the anchor of a part of a block, and the moments about it, stand among all anchors."""
+    source = part
+    if SHARED:
+        source = batch * anchors + tl.load(use + part).to(tl.int64)
+    return source
 
 
 @triton.jit
@@ -150,11 +167,12 @@ def squared_steps(rows, about):
 
 
 @triton.jit
-def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, query_ids, key_ids, span, out, lse, scale,
-             blocks, groups, leaves, halo, SIZE: tl.constexpr, PARTS: tl.constexpr, PER_BLOCK: tl.constexpr,
-             LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, TRACE: tl.constexpr,
-             HAS_VALID: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr,
-             SLOTS_PAD: tl.constexpr, DIM_PAD: tl.constexpr):
+def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, use, query_ids, key_ids, span, out, lse, scale,
+             blocks, groups, leaves, held, anchors, halo, SIZE: tl.constexpr, PARTS: tl.constexpr,
+             PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
+             CAUSAL: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr, SHARED: tl.constexpr,
+             ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr, SLOTS_PAD: tl.constexpr,
+             DIM_PAD: tl.constexpr):
     row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     batch = tl.program_id(1).to(tl.int64)
     group = blocks * groups - 1 - tl.program_id(0) // row_tiles  # late blocks, which see most, start first
@@ -164,13 +182,14 @@ def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, query_ids
     inside = row < SIZE
     rows = load_rows(q + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
     part = (batch * blocks + block) * PARTS + group % groups * PARTS // groups
+    source = anchor_of(use, part, batch, anchors, SHARED)
     query_id = tl.load(query_ids + block)
     scale2 = scale * LOG2E
     slots = 0
     if SLOTS > 0:
         slots = load_slots(opened, at, SLOTS, SLOTS_PAD)
     if TRACE:
-        about = load_vector(anchor + part * DIM, DIM, DIM_PAD)
+        about = load_vector(anchor + source * DIM, DIM, DIM_PAD)
         square = squared_steps(rows, about) * (0.5 * scale * scale2)
 
     total_out = tl.zeros((ROWS, DIM_PAD), tl.float32)
@@ -180,13 +199,13 @@ def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, query_ids
     for start in range(tl.load(span + 2 * block), stop, LEAVES):
         leaf = start + tl.arange(0, LEAVES)
         ok = shown_leaves(leaf, start, stop, query_id, key_ids, slots, halo, PER_BLOCK, CAUSAL, SLOTS, LEAVES)
-        mean_key = load_rows(key + part * leaves * DIM, leaf, ok, DIM, DIM_PAD)
+        mean_key = load_rows(key + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
         logit = tl.dot(rows, tl.trans(mean_key), input_precision=PRECISION) * scale2
-        logit += tl.load(shift + part * leaves + leaf, mask=ok, other=float("-inf"))[None, :]
+        logit += tl.load(shift + source * leaves + leaf, mask=ok, other=float("-inf"))[None, :]
         if TRACE:
-            spread = tl.load(trace + part * leaves + leaf, mask=ok, other=0.0)
+            spread = tl.load(trace + source * leaves + leaf, mask=ok, other=0.0)
             logit += square[:, None] * spread[None, :]
-        mean_value = load_rows(value + part * leaves * DIM, leaf, ok, DIM, DIM_PAD)
+        mean_value = load_rows(value + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
         total_out, top, total = _absorb(total_out, top, total, logit, mean_value)
     if SLOTS > 0:
         key_tiles: tl.constexpr = (LEAF + KEYS - 1) // KEYS
@@ -196,7 +215,7 @@ def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, query_ids
             ok = place < tl.where(leaf_id >= 0, LEAF, 0)
             if HAS_VALID:
                 ok = ok & (tl.load(valid + leaf_id * LEAF + place, mask=ok, other=0) != 0)
-            first = (batch * leaves + leaf_id) * LEAF * DIM
+            first = (batch * held + leaf_id) * LEAF * DIM
             keys = load_rows(k + first, place, ok, DIM, DIM_PAD)
             logit = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale2
             logit = tl.where(ok[None, :], logit, float("-inf"))

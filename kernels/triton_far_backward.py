@@ -15,14 +15,14 @@ from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
     LOG2E, PRECISION, Tile, backward_tile, leaf_span, load_base2, load_rows, load_vector, store_rows,
 )
-from muse_dist.kernels.triton_far import FarCall, load_slots, opened_bits, shown_leaves, squared_steps
+from muse_dist.kernels.triton_far import FarCall, anchor_of, load_slots, opened_bits, shown_leaves, squared_steps
 from muse_dist.kernels.triton_opened_backward import opened_backward
 
 
 def far_field_backward(
     dout: Tensor, q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None,
-    lse: Tensor, delta: Tensor, sight: Sight, scale: float, trace: bool, valid: Tensor | None = None, *,
-    tile: Tile | None = None,
+    lse: Tensor, delta: Tensor, sight: Sight, scale: float, trace: bool, valid: Tensor | None = None,
+    use: Tensor | None = None, *, tile: Tile | None = None,
 ) -> tuple[Tensor, Moments, Tensor | None, Tensor | None]:
     """Gradients of `far_field` for q, for the moments, and for k and v as far as they were opened.
 
@@ -30,22 +30,23 @@ def far_field_backward(
         dout: [B, K, n, U, g, D]; lse, delta: fp32 [B, K, n, U, g] of the merged softmax, where lse = inf takes a row
             out; the others as in `far_field`.
     Returns:
-        dq, the gradients of the moments (not written where the moments are not), dk and dv (None without opened
-        leaves).
+        dq, the gradients of the moments [B, K, n, A, J, ...] (those of leaves out of sight are not written; with `use`,
+        each part's share of its anchor's), dk and dv (None without opened leaves).
     """
     tile = backward_tile(q.shape[-1], q.dtype) if tile is None else tile
-    call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, tile)
+    call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, use, tile)
     dout, lse, delta = dout.contiguous(), lse.contiguous(), delta.contiguous()
     span = leaf_span(sight, call.per_block)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     square = torch.empty(lse.shape, dtype=torch.float32, device=q.device) if trace else None
     _query_backward[call.by_group](
         *call.tensors, span, dout, lse, delta, dq, square, *call.numbers, **call.constants)
-    grad = Moments(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in leaf))
+    shape = (*q.shape[:3], call.parts, leaf.mass.shape[-1])
+    grad = Moments(*(torch.empty((*shape, *x.shape[leaf.mass.dim():]), dtype=x.dtype, device=x.device) for x in leaf))
     if not trace:
         grad.trace.zero_()
-    tiles = -(-leaf.mass.shape[-1] // call.constants["LEAVES"])
-    _moment_backward[tiles, anchor.shape[2] * anchor.shape[3], q.shape[0] * q.shape[1]](
+    tiles = -(-shape[-1] // call.constants["LEAVES"])
+    _moment_backward[tiles, q.shape[2] * call.parts, q.shape[0] * q.shape[1]](
         *call.tensors, span, dout, lse, delta, square, *grad, *call.numbers, **call.constants)
     if k is None or v is None or opened is None:
         return dq, grad, None, None
@@ -63,11 +64,13 @@ def _query_step(dq, logit, base, rows_up, delta, keys, values):
 
 
 @triton.jit
-def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, query_ids, key_ids, span, dout, lse,
-                    delta, dq, squares, scale, blocks, groups, leaves, halo, SIZE: tl.constexpr, PARTS: tl.constexpr,
+def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, use, query_ids, key_ids, span, dout,
+                    lse, delta, dq, squares, scale, blocks, groups, leaves, held, anchors, halo,
+                    SIZE: tl.constexpr, PARTS: tl.constexpr,
                     PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
-                    CAUSAL: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr, ROWS: tl.constexpr,
-                    LEAVES: tl.constexpr, KEYS: tl.constexpr, SLOTS_PAD: tl.constexpr, DIM_PAD: tl.constexpr):
+                    CAUSAL: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr, SHARED: tl.constexpr,
+                    ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr, SLOTS_PAD: tl.constexpr,
+                    DIM_PAD: tl.constexpr):
     row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     batch = tl.program_id(1).to(tl.int64)
     group = blocks * groups - 1 - tl.program_id(0) // row_tiles
@@ -80,13 +83,14 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, qu
     base = load_base2(lse + at * SIZE, row, inside)
     shared = tl.load(delta + at * SIZE + row, mask=inside, other=0.0)
     part = (batch * blocks + block) * PARTS + group % groups * PARTS // groups
+    source = anchor_of(use, part, batch, anchors, SHARED)
     query_id = tl.load(query_ids + block)
     scale2 = scale * LOG2E
     slots = 0
     if SLOTS > 0:
         slots = load_slots(opened, at, SLOTS, SLOTS_PAD)
     if TRACE:
-        about = load_vector(anchor + part * DIM, DIM, DIM_PAD)
+        about = load_vector(anchor + source * DIM, DIM, DIM_PAD)
         square = squared_steps(rows, about)
         tl.store(squares + at * SIZE + row, square, mask=inside)
         square *= 0.5 * scale * scale2
@@ -97,12 +101,12 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, qu
     for start in range(tl.load(span + 2 * block), stop, LEAVES):
         leaf = start + tl.arange(0, LEAVES)
         ok = shown_leaves(leaf, start, stop, query_id, key_ids, slots, halo, PER_BLOCK, CAUSAL, SLOTS, LEAVES)
-        mean_key = load_rows(key + part * leaves * DIM, leaf, ok, DIM, DIM_PAD)
-        mean_value = load_rows(value + part * leaves * DIM, leaf, ok, DIM, DIM_PAD)
+        mean_key = load_rows(key + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
+        mean_value = load_rows(value + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
         logit = tl.dot(rows, tl.trans(mean_key), input_precision=PRECISION) * scale2
-        logit += tl.load(shift + part * leaves + leaf, mask=ok, other=float("-inf"))[None, :]
+        logit += tl.load(shift + source * leaves + leaf, mask=ok, other=float("-inf"))[None, :]
         if TRACE:
-            spread = tl.load(trace + part * leaves + leaf, mask=ok, other=0.0)
+            spread = tl.load(trace + source * leaves + leaf, mask=ok, other=0.0)
             logit += square[:, None] * spread[None, :]
         grad, d_logit = _query_step(grad, logit, base, rows_up, shared, mean_key, mean_value)
         if TRACE:
@@ -115,7 +119,7 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, qu
             ok = place < tl.where(leaf_id >= 0, LEAF, 0)
             if HAS_VALID:
                 ok = ok & (tl.load(valid + leaf_id * LEAF + place, mask=ok, other=0) != 0)
-            first = (batch * leaves + leaf_id) * LEAF * DIM
+            first = (batch * held + leaf_id) * LEAF * DIM
             keys = load_rows(k + first, place, ok, DIM, DIM_PAD)
             values = load_rows(v + first, place, ok, DIM, DIM_PAD)
             logit = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale2
@@ -128,12 +132,13 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, qu
 
 
 @triton.jit
-def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, query_ids, key_ids, span, dout, lse,
-                     delta, squares, d_mass, d_key, d_value, d_trace, scale, blocks, groups, leaves, halo,
-                     SIZE: tl.constexpr, PARTS: tl.constexpr, PER_BLOCK: tl.constexpr, LEAF: tl.constexpr,
-                     SLOTS: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, TRACE: tl.constexpr,
-                     HAS_VALID: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr,
-                     SLOTS_PAD: tl.constexpr, DIM_PAD: tl.constexpr):
+def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, use, query_ids, key_ids, span, dout,
+                     lse, delta, squares, d_mass, d_key, d_value, d_trace, scale, blocks, groups, leaves, held,
+                     anchors, halo, SIZE: tl.constexpr, PARTS: tl.constexpr,
+                     PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
+                     CAUSAL: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr, SHARED: tl.constexpr,
+                     ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr, SLOTS_PAD: tl.constexpr,
+                     DIM_PAD: tl.constexpr):
     start = tl.program_id(0) * LEAVES
     batch = tl.program_id(2).to(tl.int64)
     block = blocks - 1 - tl.program_id(1) // PARTS
@@ -142,14 +147,15 @@ def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, q
         return
     nth = tl.program_id(1) % PARTS
     part = (batch * blocks + block) * PARTS + nth
+    source = anchor_of(use, part, batch, anchors, SHARED)
     leaf = start + tl.arange(0, LEAVES)
     seen = shown_leaves(leaf, start, stop, tl.load(query_ids + block), key_ids, 0, halo, PER_BLOCK, CAUSAL, 0, LEAVES)
-    mean_key = load_rows(key + part * leaves * DIM, leaf, seen, DIM, DIM_PAD)
-    mean_value = load_rows(value + part * leaves * DIM, leaf, seen, DIM, DIM_PAD)
-    offset = tl.load(shift + part * leaves + leaf, mask=seen, other=float("-inf"))
+    mean_key = load_rows(key + source * leaves * DIM, leaf, seen, DIM, DIM_PAD)
+    mean_value = load_rows(value + source * leaves * DIM, leaf, seen, DIM, DIM_PAD)
+    offset = tl.load(shift + source * leaves + leaf, mask=seen, other=float("-inf"))
     scale2 = scale * LOG2E
     if TRACE:
-        spread = tl.load(trace + part * leaves + leaf, mask=seen, other=0.0) * (0.5 * scale * scale2)
+        spread = tl.load(trace + source * leaves + leaf, mask=seen, other=0.0) * (0.5 * scale * scale2)
         grad_trace = tl.zeros((LEAVES,), tl.float32)
     grad_key = tl.zeros((LEAVES, DIM_PAD), tl.float32)
     grad_value = tl.zeros((LEAVES, DIM_PAD), tl.float32)
@@ -182,7 +188,7 @@ def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, q
         rounded_mass += tl.sum(rounded.to(tl.float32), 1)
         if TRACE:
             grad_trace += tl.sum(d_logit * square[None, :], 1)
-    about = load_vector(anchor + part * DIM, DIM, DIM_PAD)
+    about = load_vector(anchor + source * DIM, DIM, DIM_PAD)
     grad_key = scale * (grad_key - rounded_mass[:, None] * about[None, :])
     store_rows(d_key + part * leaves * DIM, leaf, seen, grad_key, DIM, DIM_PAD)
     store_rows(d_value + part * leaves * DIM, leaf, seen, grad_value, DIM, DIM_PAD)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
-    LOG2E, Tile, anchor_span, check_kernel_inputs, load_rows, padded, sees, side, store_rows,
+    LOG2E, Tile, anchor_span, check_kernel_inputs, flags, keep_heads, load_rows, padded, sees, side, store_rows,
 )
 
 
@@ -30,12 +30,13 @@ def moments(
     leaves, leaf, dim = k.shape[2:]
     check_kernel_inputs(dim, leaf, anchor=anchor, k=k, v=v)
     tile = _forward_tile(dim, k.dtype) if tile is None else tile
+    (k, held), (v, _) = keep_heads(k), keep_heads(v)
     shape = (*anchor.shape[:4], leaves)
     mass, trace = (torch.empty(shape, dtype=torch.float32, device=k.device) for _ in range(2))
     key, value = (torch.empty((*shape, dim), dtype=k.dtype, device=k.device) for _ in range(2))
     _forward[_grid(k)](
-        anchor.contiguous(), k.contiguous(), v.contiguous(), _flags(valid), sight.query, sight.key,
-        anchor_span(sight, parts), mass, key, value, trace, scale, blocks * parts, leaves, sight.halo,
+        anchor.contiguous(), k, v, flags(valid), sight.query, sight.key,
+        anchor_span(sight, parts), mass, key, value, trace, scale, blocks * parts, leaves, held, sight.halo,
         **_constants(k, parts, sight, valid, blocks, tile))
     return Moments(mass, key, value, trace)
 
@@ -54,10 +55,11 @@ def moments_backward(
     leaves, leaf, dim = k.shape[2:]
     check_kernel_inputs(dim, leaf, anchor=anchor, k=k, v=v, grad_key=grad.key, grad_value=grad.value)
     tile = _backward_tile(dim, k.dtype) if tile is None else tile
+    (k, held), (v, _) = keep_heads(k), keep_heads(v)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     _backward[_grid(k)](
-        *(x.contiguous() for x in grad), anchor.contiguous(), k.contiguous(), v.contiguous(), _flags(valid),
-        sight.query, sight.key, anchor_span(sight, parts), dk, dv, scale, blocks * parts, leaves, sight.halo,
+        *(x.contiguous() for x in grad), anchor.contiguous(), k, v, flags(valid),
+        sight.query, sight.key, anchor_span(sight, parts), dk, dv, scale, blocks * parts, leaves, held, sight.halo,
         **_constants(k, parts, sight, valid, blocks, tile))
     return dk, dv
 
@@ -77,10 +79,6 @@ def _backward_tile(dim: int, dtype: torch.dtype) -> Tile:
 
 def _grid(k: Tensor) -> tuple[int, int]:
     return k.shape[2], k.shape[0] * k.shape[1]
-
-
-def _flags(valid: Tensor | None) -> Tensor | None:
-    return None if valid is None else valid.contiguous().view(torch.uint8)
 
 
 def _constants(
@@ -113,15 +111,15 @@ def _load_leaf(k, valid, at, j, HAS_VALID: tl.constexpr, LEAF: tl.constexpr, LEA
 
 
 @triton.jit
-def _forward(anchor, k, v, valid, query_ids, key_ids, span, mass, key, value, trace, scale, anchors, leaves, halo,
+def _forward(anchor, k, v, valid, query_ids, key_ids, span, mass, key, value, trace, scale, anchors, leaves, held, halo,
              PARTS: tl.constexpr, PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, DIM: tl.constexpr,
              CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, ANCHORS: tl.constexpr, LEAF_PAD: tl.constexpr,
              DIM_PAD: tl.constexpr):
     j = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    at = batch * leaves + j
-    keys, centre, square, exists = _load_leaf(k, valid, at, j, HAS_VALID, LEAF, LEAF_PAD, DIM, DIM_PAD)
-    values = load_rows(v + at * LEAF * DIM, tl.arange(0, LEAF_PAD), exists, DIM, DIM_PAD)
+    source = batch * held + j
+    keys, centre, square, exists = _load_leaf(k, valid, source, j, HAS_VALID, LEAF, LEAF_PAD, DIM, DIM_PAD)
+    values = load_rows(v + source * LEAF * DIM, tl.arange(0, LEAF_PAD), exists, DIM, DIM_PAD)
     block = j // PER_BLOCK
     key_id = tl.load(key_ids + block)
     for start in range(tl.load(span + 2 * block), tl.load(span + 2 * block + 1), ANCHORS):
@@ -151,15 +149,16 @@ def _forward(anchor, k, v, valid, query_ids, key_ids, span, mass, key, value, tr
 
 @triton.jit
 def _backward(d_mass, d_key, d_value, d_trace, anchor, k, v, valid, query_ids, key_ids, span, dk, dv, scale, anchors,
-              leaves, halo, PARTS: tl.constexpr, PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, DIM: tl.constexpr,
+              leaves, held, halo, PARTS: tl.constexpr, PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, DIM: tl.constexpr,
               CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, ANCHORS: tl.constexpr, LEAF_PAD: tl.constexpr,
               DIM_PAD: tl.constexpr):
     j = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     at = batch * leaves + j
     row = tl.arange(0, LEAF_PAD)
-    keys, centre, square, exists = _load_leaf(k, valid, at, j, HAS_VALID, LEAF, LEAF_PAD, DIM, DIM_PAD)
-    values = load_rows(v + at * LEAF * DIM, row, exists, DIM, DIM_PAD)
+    source = batch * held + j
+    keys, centre, square, exists = _load_leaf(k, valid, source, j, HAS_VALID, LEAF, LEAF_PAD, DIM, DIM_PAD)
+    values = load_rows(v + source * LEAF * DIM, row, exists, DIM, DIM_PAD)
     grad_k = tl.zeros((LEAF_PAD, DIM_PAD), tl.float32)
     grad_v = tl.zeros((LEAF_PAD, DIM_PAD), tl.float32)
     grad_square = tl.zeros((LEAF_PAD,), tl.float32)

@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from muse_dist.kernels.leaf_readers import Readers
-from muse_dist.kernels.triton_common import LOG2E, PRECISION, Tile, load_base2, load_rows, padded, side, store_rows
+from muse_dist.kernels.triton_common import (
+    LOG2E, PRECISION, Tile, flags, keep_heads, load_base2, load_rows, padded, side, store_rows,
+)
 
 
 def opened_backward(
@@ -25,16 +27,16 @@ def opened_backward(
         readers: `leaf_readers` of the opened leaves; valid: bool [J, m], which keys exist; all if None.
     """
     leaves, leaf, dim = k.shape[2:]
+    (k, held), (v, _) = keep_heads(k), keep_heads(v)
     batch, size = k.shape[0] * k.shape[1], q.shape[4]
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     partial = torch.empty((max(readers.slots, 1), 2, leaf, dim), dtype=torch.float32, device=k.device)
     keys = side(leaf, tile.keys, tile.warps)
     constants = {"LEAF": leaf, "DIM": dim, "KEYS": keys, "DIM_PAD": padded(dim), "num_warps": tile.warps}
-    flags = None if valid is None else valid.contiguous().view(torch.uint8)
     tiles = -(-leaf // keys)
     _backward[readers.leaf.shape[0], tiles](
-        dout, q, k.contiguous(), v.contiguous(), flags, lse, delta, *readers[:5], partial, dk, dv, scale, batch,
-        leaves, q.shape[2] * q.shape[3], SIZE=size, HAS_VALID=valid is not None,
+        dout, q, k, v, flags(valid), lse, delta, *readers[:5], partial, dk, dv, scale, batch,
+        leaves, held, q.shape[2] * q.shape[3], SIZE=size, HAS_VALID=valid is not None,
         ROWS=side(size, tile.rows, tile.warps), num_stages=tile.stages, **constants)
     _add_partials[leaves * batch, tiles](readers.shared, partial, dk, dv, batch, leaves, **constants)
     return dk, dv
@@ -42,7 +44,7 @@ def opened_backward(
 
 @triton.jit
 def _backward(dout, q, k, v, valid, lse, delta, reader, leaf_of, first_of, last_of, slot_of, partial, dk, dv, scale,
-              batch, leaves, groups, SIZE: tl.constexpr, HAS_VALID: tl.constexpr, ROWS: tl.constexpr,
+              batch, leaves, held, groups, SIZE: tl.constexpr, HAS_VALID: tl.constexpr, ROWS: tl.constexpr,
               LEAF: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, DIM_PAD: tl.constexpr):
     item = tl.program_id(0)
     name = tl.load(leaf_of + item)
@@ -55,8 +57,9 @@ def _backward(dout, q, k, v, valid, lse, delta, reader, leaf_of, first_of, last_
     exists = inside
     if HAS_VALID:
         exists = inside & (tl.load(valid + leaf.to(tl.int64) * LEAF + place, mask=inside, other=0) != 0)
-    keys = load_rows(k + at * LEAF * DIM, place, exists, DIM, DIM_PAD)
-    values = load_rows(v + at * LEAF * DIM, place, exists, DIM, DIM_PAD)
+    source = (name % batch).to(tl.int64) * held + leaf
+    keys = load_rows(k + source * LEAF * DIM, place, exists, DIM, DIM_PAD)
+    values = load_rows(v + source * LEAF * DIM, place, exists, DIM, DIM_PAD)
     grad_k = tl.zeros((KEYS, DIM_PAD), tl.float32)
     grad_v = tl.zeros((KEYS, DIM_PAD), tl.float32)
 

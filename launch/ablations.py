@@ -15,19 +15,10 @@ from muse_dist.attention import near_only
 from muse_dist.checks import check_inputs
 from muse_dist.compute import near_forward, working
 from muse_dist.emulation import emulate_ranks
-from muse_dist.kernels import reference
+from muse_dist.kernels import plain_blocks, reference
 from muse_dist.layout import LayoutName
-from muse_dist.tree import (
-    arrange,
-    from_query_rows,
-    gather_rows,
-    has_far_field,
-    make_plan,
-    open_blocks,
-    query_rows,
-    scatter_rows,
-    seen_leaves,
-)
+from muse_dist.slabs import sight_of
+from muse_dist.tree import arrange, from_query_rows, has_far_field, make_plan, open_blocks, query_rows
 
 Far = Literal["none", "centroids", "tilted", "dipole"]
 
@@ -90,7 +81,8 @@ def ablated(
     if far not in get_args(Far):
         raise ValueError(f"far={far!r}: must be one of {', '.join(get_args(Far))}")
     scale = check_inputs(q, k, v, config, scale)
-    rows, keys, values = working(q, k, v)
+    config = dataclasses.replace(config, backend="torch")
+    rows, keys, values = working(q, k, v, config)
     near, near_lse = near_forward(rows, keys, values, scale, config)
     if not has_far_field(q.shape[2], config):
         return near.reshape(q.shape).to(q.dtype)
@@ -98,24 +90,23 @@ def ablated(
     count = plan.key_order.shape[2]
     if positional:
         plan = plan._replace(key_order=torch.arange(config.block, device=q.device).expand_as(plan.key_order))
-        opened = open_blocks(arrange(rows, keys, None, plan, config), range(count), range(count), config, scale)
+        opened = open_blocks(rows, keys, plan, range(count), range(count), config, scale)
         plan = plan._replace(opened=opened)
-    blocks = arrange(rows, keys, values, plan, config)
-    out, lse = (gather_rows(query_rows(x, config.block), plan.query_order).unflatten(3, (-1, config.group))
+    sight = sight_of(range(count), range(count), config, q.device)
+    leaves_seen = plain_blocks.seen_blocks(sight).repeat_interleave(config.block // config.leaf, -1)
+    blocks = arrange(plain_blocks, rows, keys, values, plan, config)
+    out, lse = (plain_blocks.gather_rows(query_rows(x, config.block), plan.query_order).unflatten(3, (-1, config.group))
                 for x in (near, near_lse[..., None]))
-    for i in range(count):
-        seen = seen_leaves(i, range(count), config, config.block // config.leaf, q.device)
-        if len(seen):
-            parts = _far_parts(blocks.q[:, :, i], plan.anchors[:, :, i], blocks.k[:, :, :len(seen)],
-                               blocks.v[:, :, :len(seen)], plan.opened[:, :, i], seen, blocks.key_valid[:len(seen)],
-                               scale, config.trace, far)
-            out[:, :, i], _ = reference.merge([(out[:, :, i], lse[:, :, i, ..., 0]), *parts])
-    out = scatter_rows(out.flatten(3, 4), plan.query_order)
+    for i in range(config.halo + 1, count) if config.causal else range(count):
+        parts = _far_parts(blocks.q[:, :, i], plan.anchors[:, :, i], blocks.k, blocks.v, plan.opened[:, :, i],
+                           leaves_seen[i], blocks.key_valid, scale, config.trace, far)
+        out[:, :, i], _ = reference.merge([(out[:, :, i], lse[:, :, i, ..., 0]), *parts])
+    out = plain_blocks.scatter_rows(out.flatten(3, 4), plan.query_order)
     return from_query_rows(out, rows.shape[2], q.shape[2]).reshape(q.shape).to(q.dtype)
 
 
 def _far_parts(
-    q: Tensor, anchor: Tensor, k: Tensor, v: Tensor, opened: Tensor, seen: Tensor, valid: Tensor, scale: float,
+    q: Tensor, anchor: Tensor, k: Tensor, v: Tensor, opened: Tensor, seen: Tensor, valid: Tensor | None, scale: float,
     trace: bool, far: Far,
 ) -> list[tuple[Tensor, Tensor]]:
     """Partial softmaxes of one query block, shapes as in `reference`: opened leaves, and moments of the others."""

@@ -106,7 +106,7 @@ def _plan_op(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor,
     if not has_far_field(q.shape[2], config):
         return tuple(_empty_plan(q))  # type: ignore[return-value]
     with torch.autocast(q.device.type, enabled=False):
-        rows, keys, _ = working(q, k, k)
+        rows, keys, _ = working(q, k, k, config)
         plan = make_plan(rows, keys, config, scale)
     # Any point near the queries serves as an anchor; in the inputs' dtype kernels and ranks can share it as it is.
     plan = plan._replace(anchors=plan.anchors.to(q.dtype))
@@ -133,10 +133,11 @@ def _attend_op(
     scale: float, settings: str,
 ) -> tuple[Tensor, Tensor]:
     """Out [B, H, N, D] in q's dtype and lse [B, H, N] in the dtype of the arithmetic, for a structure."""
+    config = MuseConfig.decode(settings)
     with torch.autocast(q.device.type, enabled=False):
-        rows, keys, values = working(q, k, v)
+        rows, keys, values = working(q, k, v, config)
         plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
-        out, lse = forward(rows, keys, values, plan, scale, MuseConfig.decode(settings))
+        out, lse = forward(rows, keys, values, plan, scale, config)
     return out.reshape(q.shape).to(q.dtype).contiguous(), lse.reshape(q.shape[:3]).contiguous()
 
 
@@ -152,12 +153,13 @@ def _attend_backward_op(
     anchors: Tensor, opened: Tensor, scale: float, settings: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [B, H, N, D] and of k and v [B, K, N, D], given that of out."""
+    config = MuseConfig.decode(settings)
     with torch.autocast(q.device.type, enabled=False):
-        rows, keys, values = working(q, k, v)
+        rows, keys, values = working(q, k, v, config)
         dout, out = (x.to(rows.dtype).reshape(rows.shape) for x in (dout, out))
         plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
         dq, dk, dv = backward(dout, rows, keys, values, out, lse.reshape(rows.shape[:4]), plan, scale,
-                              MuseConfig.decode(settings))
+                              config)
     return dq.reshape(q.shape).to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from muse_dist.backend import triton_problem
 from muse_dist.config import MuseConfig
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +34,10 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: flo
     if heads % k.shape[1]:
         raise ValueError(f"q: {heads} heads are not divisible by the {k.shape[1]} heads of k and v; "
                          "each key/value head serves the same number of query heads")
+    if config.backend == "triton":
+        problem = triton_problem(config, q)
+        if problem is not None:
+            raise ValueError(problem)
     return _check_scale(scale, dim)
 
 

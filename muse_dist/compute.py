@@ -1,11 +1,10 @@
 """Forward and backward of the attention over the blocks of a sequence, for a structure that is given.
 
-Tensors are in the working dtype (fp32 or fp64) and in the shapes q [B, K, G, N, D], k and v [B, K, N, D].
+Tensors are in the working dtype of the backend and in the shapes q [B, K, G, S, D], k and v [B, K, T, D]; log-sum-exps
+are in at least fp32.
 """
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -13,50 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from muse_dist.backend import kernels_for
 from muse_dist.config import MuseConfig
-from muse_dist.kernels import reference
+from muse_dist.kernels.reference import Moments
 from muse_dist.layout import block_count, near_pairs
-from muse_dist.tree import (
-    Blocks,
-    Plan,
-    arrange,
-    from_leaves,
-    from_query_rows,
-    gather_rows,
-    query_rows,
-    scatter_rows,
-    seen_leaves,
-)
+from muse_dist.slabs import FarSlab, far_slabs, head_slabs
+from muse_dist.tree import Blocks, Plan, arrange, from_leaves, from_query_rows, query_rows
 
 
-class FarBlock(NamedTuple):
-    """One query block with a far field, in the order of the plan."""
-
-    place: int  # the block's place among the query blocks
-    q: Tensor  # [B, K, U, g, D]
-    anchor: Tensor  # [B, K, R, D]
-    k: Tensor  # [B, K, J, m, D] leaves up to the last one seen
-    v: Tensor  # [B, K, J, m, D]
-    valid: Tensor  # bool [J, m]
-    opened: Tensor  # int64 [B, K, U, O]
-    hidden: Tensor  # bool [B, K, U, J]
-
-
-def kernels_for(config: MuseConfig, device: torch.device) -> ModuleType:
-    """The module whose functions run; with backend="auto" the choice is logged once."""
-    if config.backend == "auto":
-        _say_backend("torch", device.type)
-    return reference
-
-
-@functools.cache
-def _say_backend(name: str, device: str) -> None:
-    logging.getLogger("muse_dist").info("backend 'auto' takes '%s' on %s", name, device)
-
-
-def working(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, H, N, D] as [B, K, G, N, D], k and v [B, K, N, D], in the dtype of the arithmetic."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
+def working(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, N, D] as [B, K, G, N, D], k and v [B, K, N, D], in the dtype that the kernels take."""
+    dtype = kernels_for(config, q).working_dtype(q.dtype)
     return q.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype), v.to(dtype)
 
 
@@ -64,7 +30,7 @@ def near_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, config: MuseConf
     """The near field of a whole sequence: out [B, K, G, N, D], lse [B, K, G, N]."""
     blocks = range(block_count(q.shape[3], config.block))
     pairs = near_pairs(blocks, blocks, config)
-    return kernels_for(config, q.device).near_field(q, k, v, scale, pairs, config.block)
+    return kernels_for(config, q).near_field(q, k, v, scale, pairs, config.block)
 
 
 def forward(
@@ -75,8 +41,8 @@ def forward(
     if plan is None:
         return near
     blocks = range(plan.key_order.shape[2])
-    far = far_forward(arrange(q, k, v, plan, config), plan, blocks, blocks, scale, config)
-    return kernels_for(config, q.device).merge([near, rows_to_tokens(far, plan, q.shape[2:4])])
+    far = far_forward(q, k, v, plan, blocks, blocks, scale, config)
+    return kernels_for(config, q).merge([near, far])
 
 
 def backward(
@@ -84,99 +50,150 @@ def backward(
     config: MuseConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv), given those of `out`. Moments are computed again rather than kept."""
-    delta = (dout * out).sum(-1)
+    ops = kernels_for(config, q)
     places = range(block_count(q.shape[3], config.block))
-    near = kernels_for(config, q.device).near_field_backward(
-        dout, q, k, v, lse, delta, scale, near_pairs(places, places, config), config.block)
-    if plan is None:
-        return near
-    blocks = arrange(q, k, v, plan, config)
-    rows = group_rows(dout, lse, delta, blocks, plan, config)
-    dq, dk, dv = far_backward(rows, blocks, plan, places, places, scale, config)
-    heads, tokens = q.shape[2:4]
-    return (near[0] + ungroup(dq, plan, heads, tokens), near[1] + from_leaves(dk, plan, tokens),
-            near[2] + from_leaves(dv, plan, tokens))
+    pairs = near_pairs(places, places, config)
+    grads = ops.near_field_backward(dout, q, k, v, out, lse, scale, pairs, config.block)
+    if plan is not None:
+        far = far_backward(
+            Upstream(dout, lse, ops.row_dots(dout, out)), q, k, v, plan, places, places, scale, config)
+        for total, part in zip(grads, far):
+            total += part
+    return grads
 
 
-class GroupedRows(NamedTuple):
-    """What a backward needs of the query rows, in the order of a plan."""
+class Upstream(NamedTuple):
+    """What a backward needs of the merged softmax, in the order of the sequence or of a plan."""
 
-    dout: Tensor  # [B, K, n, U, g, D]
-    lse: Tensor  # [B, K, n, U, g]
-    delta: Tensor  # [B, K, n, U, g]
+    dout: Tensor  # [B, K, G, S, D] or [B, K, n, U, g, D]
+    lse: Tensor  # [B, K, G, S] or [B, K, n, U, g]
+    delta: Tensor  # sum(dout * out), as lse
+
+    def of_heads(self, heads: slice) -> Upstream:
+        """Of some of the key/value heads."""
+        return Upstream(*(x[:, heads] for x in self))
+
+    def of_blocks(self, rows: slice) -> Upstream:
+        """Of some query blocks."""
+        return Upstream(*(x[:, :, rows] for x in self))
 
 
-def group_rows(
-    dout: Tensor, lse: Tensor, delta: Tensor, blocks: Blocks, plan: Plan, config: MuseConfig
-) -> GroupedRows:
-    """dout [B, K, G, N, D], lse and delta [B, K, G, N] in the order of a plan."""
+def grouped(ops: ModuleType, up: Upstream, row_valid: Tensor | None, plan: Plan, config: MuseConfig) -> Upstream:
+    """`up` in the order of a plan; `row_valid` [B, K, n, U, g] says which rows exist, all if None."""
     dout, lse, delta = (
-        gather_rows(query_rows(x, config.block), plan.query_order).unflatten(3, (-1, config.group))
-        for x in (dout, lse[..., None], delta[..., None]))
-    # Rows that do not exist get no weight, whatever their logits: exp(logit - inf) = 0.
-    return GroupedRows(dout, lse[..., 0].masked_fill(~blocks.row_valid, torch.inf), delta[..., 0])
+        ops.gather_rows(query_rows(x, config.block), plan.query_order).unflatten(3, (-1, config.group))
+        for x in (up.dout, up.lse[..., None], up.delta[..., None]))
+    lse = lse[..., 0]
+    if row_valid is not None:  # rows that do not exist get no weight, whatever their logits: exp(logit - inf) = 0
+        lse = lse.masked_fill(~row_valid, torch.inf)
+    return Upstream(dout, lse, delta[..., 0])
 
 
-def ungroup(rows: Tensor, plan: Plan, heads: int, tokens: int) -> Tensor:
+def ungroup(ops: ModuleType, rows: Tensor, plan: Plan, heads: int, tokens: int) -> Tensor:
     """[B, K, n, U, g, D] -> [B, K, G, N, D]: grouped rows back in the order of the sequence."""
-    return from_query_rows(scatter_rows(rows.flatten(3, 4), plan.query_order), heads, tokens)
+    return from_query_rows(ops.scatter_rows(rows.flatten(3, 4), plan.query_order), heads, tokens)
 
 
-def rows_to_tokens(part: tuple[Tensor, Tensor], plan: Plan, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+def rows_to_tokens(
+    ops: ModuleType, part: tuple[Tensor, Tensor], plan: Plan, size: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """A partial softmax of grouped rows in the order of the sequence; `size` is (G, N)."""
     heads, tokens = size
-    return ungroup(part[0], plan, heads, tokens), ungroup(part[1][..., None], plan, heads, tokens)[..., 0]
+    return ungroup(ops, part[0], plan, heads, tokens), ungroup(ops, part[1][..., None], plan, heads, tokens)[..., 0]
+
+
+def join_heads(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Results of slabs of heads, side by side."""
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(x, 1) for x in zip(*parts))
 
 
 def far_forward(
-    blocks: Blocks, plan: Plan, query_blocks: Sequence[int], key_blocks: Sequence[int], scale: float,
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, query_blocks: Sequence[int], key_blocks: Sequence[int], scale: float,
     config: MuseConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Far field and opened leaves of grouped rows: out [B, K, n, U, g, D], lse [B, K, n, U, g]."""
-    ops = kernels_for(config, blocks.q.device)
-    out, lse = torch.zeros_like(blocks.q), blocks.q.new_full(blocks.q.shape[:-1], -torch.inf)
-    for far in _far_blocks(blocks, plan, query_blocks, key_blocks, config):
-        leaf = ops.moments(far.anchor, far.k, far.v, scale, far.valid)
-        parts = [ops.far_field(far.q, far.anchor, leaf, far.hidden, scale, config.trace)]
-        if far.opened.shape[-1]:
-            parts.append(ops.opened_leaves(far.q, far.k, far.v, far.opened, scale, far.valid))
-        out[:, :, far.place], lse[:, :, far.place] = ops.merge(parts)
-    return out, lse
+    """Far field and opened leaves: out [B, K, G, S, D], lse [B, K, G, S].
+
+    Args:
+        q: [B, K, G, S, D], the tokens of `query_blocks`; k, v: [B, K, T, D], those of `key_blocks`.
+    """
+    ops, parts = kernels_for(config, q), []
+    for heads in head_slabs(q, k):
+        here = plan.of_heads(heads)
+        blocks = arrange(ops, q[:, heads], k[:, heads], v[:, heads], here, config)
+        out, lse = empty_softmax(blocks.q, config)
+        for slab, some in _far_slabs(blocks, query_blocks, key_blocks, config):
+            sight, opened = slab.sight(q.device), here.opened[:, :, slab.rows]
+            anchor = here.anchors[:, :, slab.rows]
+            leaf = ops.moments(anchor, some.k, some.v, sight, scale, some.key_valid)
+            out[:, :, slab.rows], lse[:, :, slab.rows] = ops.far_field(
+                some.q, anchor, leaf, some.k, some.v, opened, sight, scale, config.trace, some.key_valid)
+        parts.append(rows_to_tokens(ops, (out, lse), here, q.shape[2:4]))
+    return join_heads(parts)  # type: ignore[return-value]
+
+
+def empty_softmax(q: Tensor, config: MuseConfig) -> tuple[Tensor, Tensor]:
+    """The partial softmax of rows q [..., D] that see nothing."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.zeros_like(q), torch.full(q.shape[:-1], -torch.inf, dtype=dtype, device=q.device)
 
 
 def far_backward(
-    rows: GroupedRows, blocks: Blocks, plan: Plan, query_blocks: Sequence[int], key_blocks: Sequence[int],
+    up: Upstream, q: Tensor, k: Tensor, v: Tensor, plan: Plan, query_blocks: Sequence[int], key_blocks: Sequence[int],
     scale: float, config: MuseConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `far_forward` for the rows [B, K, n, U, g, D] and the leaves [B, K, J, m, D] of `blocks`."""
-    ops = kernels_for(config, blocks.q.device)
-    dq, dk, dv = torch.zeros_like(blocks.q), torch.zeros_like(blocks.k), torch.zeros_like(blocks.v)
-    for far in _far_blocks(blocks, plan, query_blocks, key_blocks, config):
-        dout, lse, delta = (x[:, :, far.place] for x in rows)
-        leaf = ops.moments(far.anchor, far.k, far.v, scale, far.valid)
-        dq[:, :, far.place], grad = ops.far_field_backward(
-            dout, far.q, far.anchor, leaf, far.hidden, lse, delta, scale, config.trace)
-        grads = [ops.moments_backward(grad, far.anchor, far.k, far.v, leaf, scale, far.valid)]
-        if far.opened.shape[-1]:
-            d_rows, *d_leaves = ops.opened_leaves_backward(
-                dout, far.q, far.k, far.v, far.opened, lse, delta, scale, far.valid)
-            dq[:, :, far.place] += d_rows
-            grads.append(d_leaves)
-        for d_keys, d_values in grads:
-            dk[:, :, :far.k.shape[2]] += d_keys
-            dv[:, :, :far.v.shape[2]] += d_values
+    """Gradients of `far_forward` for q, k and v."""
+    ops, parts = kernels_for(config, q), []
+    for heads in head_slabs(q, k):
+        here = plan.of_heads(heads)
+        blocks = arrange(ops, q[:, heads], k[:, heads], v[:, heads], here, config)
+        rows = grouped(ops, up.of_heads(heads), blocks.row_valid, here, config)
+        dq, dk, dv = _far_backward(rows, blocks, here, query_blocks, key_blocks, scale, config)
+        parts.append((ungroup(ops, dq, here, q.shape[2], q.shape[3]),
+                      from_leaves(ops, dk.to(k.dtype), here, k.shape[2]),
+                      from_leaves(ops, dv.to(v.dtype), here, v.shape[2])))
+    return join_heads(parts)  # type: ignore[return-value]
+
+
+def _far_backward(
+    rows: Upstream, blocks: Blocks, plan: Plan, query_blocks: Sequence[int], key_blocks: Sequence[int], scale: float,
+    config: MuseConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the rows [B, K, n, U, g, D], and in at least fp32 of the leaves [B, K, J, m, D] of `blocks`."""
+    ops = kernels_for(config, blocks.q)
+    dtype = torch.promote_types(blocks.k.dtype, torch.float32)
+    dq = torch.zeros_like(blocks.q)
+    dk, dv = (torch.zeros(blocks.k.shape, dtype=dtype, device=blocks.k.device) for _ in range(2))
+    for slab, some in _far_slabs(blocks, query_blocks, key_blocks, config):
+        sight, opened = slab.sight(blocks.q.device), plan.opened[:, :, slab.rows]
+        anchor = plan.anchors[:, :, slab.rows]
+        leaf = ops.moments(anchor, some.k, some.v, sight, scale, some.key_valid)
+        dout, lse, delta = rows.of_blocks(slab.rows)
+        dq[:, :, slab.rows], grad, *d_opened = ops.far_field_backward(
+            dout, some.q, anchor, leaf, some.k, some.v, opened, lse, delta, sight, scale, config.trace, some.key_valid)
+        d_leaves = ops.moments_backward(grad, anchor, some.k, some.v, sight, scale, some.key_valid)
+        for d_keys, d_values in (d_opened, d_leaves):
+            if d_keys is not None:
+                dk[:, :, :slab.leaves] += d_keys
+                dv[:, :, :slab.leaves] += d_values
     return dq, dk, dv
 
 
-def _far_blocks(
-    blocks: Blocks, plan: Plan, query_blocks: Sequence[int], key_blocks: Sequence[int], config: MuseConfig
-) -> Iterator[FarBlock]:
-    """The query blocks that have a far field, one after the other: memory stays O(N * block)."""
-    for i, block in enumerate(query_blocks):
-        seen = seen_leaves(block, key_blocks, config, config.block // config.leaf, blocks.q.device)
-        here = len(seen)
-        if here:
-            opened = plan.opened[:, :, i]
-            yield FarBlock(
-                i, blocks.q[:, :, i], plan.anchors[:, :, i], blocks.k[:, :, :here], blocks.v[:, :, :here],
-                blocks.key_valid[:here], opened, reference.hidden_leaves(opened, seen))
+def _far_slabs(
+    blocks: Blocks, query_blocks: Sequence[int], key_blocks: Sequence[int], config: MuseConfig
+) -> Iterator[tuple[FarSlab, Blocks]]:
+    """Query blocks whose moments, with their gradients, fit into memory together."""
+    per_block = config.block // config.leaf
+    block_bytes = moment_bytes(blocks.q, config.anchors, len(key_blocks) * per_block)
+    for slab in far_slabs(query_blocks, key_blocks, block_bytes, blocks.nbytes, per_block, config):
+        yield slab, blocks.some(slab)
+
+
+def moment_bytes(q: Tensor, anchors: int, leaves: int) -> int:
+    """Bytes of the moments of `leaves` leaves about `anchors` anchors and of their gradients, for q [B, K, ..., D]."""
+    return 2 * q.shape[0] * q.shape[1] * anchors * leaves * (2 * q.shape[-1] * q.dtype.itemsize + 8)
+
+
+def no_moments(leaf: Moments) -> Moments:
+    """Zeros to add gradients of moments to, in at least fp32."""
+    return Moments(*(torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+                     for x in leaf))

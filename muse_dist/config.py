@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 Exchange = Literal["moments", "kv"]
-Backend = Literal["auto", "torch"]
+Backend = Literal["auto", "torch", "triton"]
 
 
 def _option(default: Any, text: str) -> Any:
@@ -62,7 +63,8 @@ class MuseConfig:
         "what context-parallel ranks send each other: 'moments' of their leaves, or 'kv', all keys and values "
         "(the one-device result, at the traffic of exact attention)"))
     backend: Backend = _option("auto", (
-        "'torch' is plain PyTorch, on any device; 'auto' takes the fastest there is, so far that one"))
+        "'triton': GPU kernels, from Ampere on; 'torch': plain PyTorch, on any device, fp64 too; 'auto': GPU kernels "
+        "wherever they can run, and says once what it took"))
 
     # JSON of the fields, for operators of PyTorch, which take numbers and strings. Not a field: every instance has its
     # own, made once, because torch.compile cannot trace json.
@@ -95,6 +97,7 @@ class MuseConfig:
         object.__setattr__(self, "encoded", json.dumps(dataclasses.asdict(self)))
 
     @classmethod
+    @functools.lru_cache(maxsize=64)
     def decode(cls, encoded: str) -> MuseConfig:
         """The configuration whose `encoded` this is."""
         return cls(**json.loads(encoded))

@@ -4,6 +4,7 @@ It is what the exchanges are tested against, and how a trained model is evaluate
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 from muse_dist.checks import check_inputs
 from muse_dist.compute import working
 from muse_dist.config import MuseConfig
-from muse_dist.kernels import reference
+from muse_dist.kernels import plain_blocks, reference
 from muse_dist.layout import Layout, LayoutName, is_far, is_near
 from muse_dist.remote import ChunkAnchors, chunk_anchors, remote_valid
-from muse_dist.tree import Plan, arrange, gather_rows, open_blocks, order_blocks, query_rows, to_leaves
+from muse_dist.tree import Plan, open_blocks, order_blocks, query_rows, to_leaves
 
 
 class Rank(NamedTuple):
@@ -43,7 +44,8 @@ def emulate_ranks(
     """
     scale = check_inputs(q, k, v, config, scale)
     described = Layout(layout, ranks, q.shape[2], config.block)
-    rows, keys, values = working(q, k, v)
+    config = replace(config, backend="torch")
+    rows, keys, values = working(q, k, v, config)
     held = [_hold(rows, keys, values, described, rank, config, scale, q.dtype) for rank in range(ranks)]
     outs = [_rank_output(rows, keys, values, described, rank, held, config, scale, remote) for rank in range(ranks)]
     return described.join(outs, 3).flatten(1, 2).to(q.dtype)
@@ -59,7 +61,7 @@ def _hold(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rank: int, config: Mu
         plan = plan._replace(anchors=plan.anchors.to(dtype).to(q.dtype))
         anchors = chunk_anchors(plan, layout, config)
         anchors = anchors._replace(anchor=anchors.anchor.to(dtype).to(q.dtype))
-        opened = open_blocks(arrange(q, k, None, plan, config), blocks, blocks, config, scale)
+        opened = open_blocks(q, k, plan, blocks, blocks, config, scale)
     return Rank(k, v, plan._replace(opened=opened), anchors, blocks)
 
 
@@ -68,7 +70,7 @@ def _rank_output(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rank: int, hel
     """Outputs of a rank's queries [B, K, G, S, D], one softmax over everything each block sees."""
     own = held[rank]
     shard = layout.shard(q, rank, 3)
-    rows = gather_rows(query_rows(shard, config.block), own.plan.query_order)
+    rows = plain_blocks.gather_rows(query_rows(shard, config.block), own.plan.query_order)
     outs = []
     for place, block in enumerate(own.blocks):
         x = rows[:, :, place]  # [B, K, G * b, D]
@@ -80,7 +82,7 @@ def _rank_output(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rank: int, hel
         weights = logits.softmax(-1).split([b.shape[2] for b in seen], -1)
         out = torch.stack([w @ b for w, b in zip(weights, seen)]).sum(0)
         order = own.plan.query_order[:, :, place].argsort(-1)
-        outs.append(gather_rows(out, order).unflatten(2, (q.shape[2], -1)))
+        outs.append(plain_blocks.gather_rows(out, order).unflatten(2, (q.shape[2], -1)))
     return torch.cat(outs, 3)
 
 
@@ -104,7 +106,7 @@ def _exact_columns(x: Tensor, order: Tensor, k: Tensor, v: Tensor, block: int, h
 
 def _local_columns(x: Tensor, own: Rank, place: int, config: MuseConfig, scale: float) -> list[tuple[Tensor, Tensor]]:
     """Leaves of the same rank: opened ones key by key, the others as moments."""
-    keys, values = to_leaves(own.k, own.plan, config.leaf), to_leaves(own.v, own.plan, config.leaf)
+    keys, values = (to_leaves(plain_blocks, x, own.plan, config.leaf) for x in (own.k, own.v))
     far = torch.tensor([is_far(own.blocks[place], j, config) for j in own.blocks], device=x.device)
     seen = far.repeat_interleave(config.block // config.leaf)
     ids = torch.arange(len(seen), device=x.device)
@@ -127,7 +129,7 @@ def _remote_columns(x: Tensor, layout: Layout, rank: int, held: list[Rank], plac
     part = own.anchors.part[:, :, chunk, inside].repeat_interleave(x.shape[2] // config.anchors, -1)
     for other, theirs in enumerate(held):
         valid = torch.cat([remote_valid(c, layout, config, x.device) for c in layout.chunks_of(other)])
-        keys, values = (to_leaves(y, theirs.plan, config.remote_leaf) for y in (theirs.k, theirs.v))
+        keys, values = (to_leaves(plain_blocks, y, theirs.plan, config.remote_leaf) for y in (theirs.k, theirs.v))
         far = torch.tensor([other != rank and is_far(own.blocks[place], j, config) for j in theirs.blocks],
                            device=x.device).repeat_interleave(config.block // config.remote_leaf)
         leaf = reference.moments(anchor, keys, values, scale, valid)

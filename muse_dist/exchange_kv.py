@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from muse_dist.comm import Pending
-from muse_dist.compute import far_backward, far_forward, group_rows, kernels_for, rows_to_tokens, ungroup
+from muse_dist.backend import kernels_for
+from muse_dist.compute import Upstream, far_backward, far_forward
 from muse_dist.layout import near_pairs
 from muse_dist.shard import Shard
-from muse_dist.tree import Plan, arrange, from_leaves, open_blocks, order_blocks
+from muse_dist.tree import Plan, open_blocks, order_blocks
 
 
 class Saved(NamedTuple):
@@ -21,7 +22,7 @@ class Saved(NamedTuple):
 
 def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Saved]:
     """Out [B, K, G, S, D] and lse [B, K, G, S] of a rank's queries, all in the working dtype, k and v [B, K, S, D]."""
-    ops, config = kernels_for(s.config, q.device), s.config
+    ops, config = kernels_for(s.config, q), s.config
     gathered = s.comm.all_gather("keys and values", torch.stack([k, v]).to(s.dtype))
     plan = order_blocks(q, k, config, config.leaf, s.mine[0] == 0)
     orders = s.comm.all_gather("key order", plan.key_order.to(torch.int32))
@@ -30,9 +31,8 @@ def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     plan = plan._replace(key_order=s.layout_blocks(orders.wait()).to(torch.int64),
                          anchors=plan.anchors.to(s.dtype).to(q.dtype))
     parts.append(ops.near_field(q, all_k, all_v, s.scale, s.other_pairs, config.block))
-    blocks = arrange(q, all_k, all_v, plan, config)
-    plan = plan._replace(opened=open_blocks(blocks, s.mine, s.everything, config, s.scale))
-    parts.append(rows_to_tokens(far_forward(blocks, plan, s.mine, s.everything, s.scale, config), plan, q.shape[2:4]))
+    plan = plan._replace(opened=open_blocks(q, all_k, plan, s.mine, s.everything, config, s.scale))
+    parts.append(far_forward(q, all_k, all_v, plan, s.mine, s.everything, s.scale, config))
     return *ops.merge(parts), Saved(plan)
 
 
@@ -40,26 +40,22 @@ def backward(
     s: Shard, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Saved
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of the rank's own shard, with what the other ranks' losses add to dk and dv."""
-    ops, config, plan = kernels_for(s.config, q.device), s.config, saved.plan
+    ops, config, plan = kernels_for(s.config, q), s.config, saved.plan
     gathered = s.comm.all_gather("keys and values", torch.stack([k, v]).to(s.dtype))
-    delta = (dout * out).sum(-1)
     pairs = near_pairs(s.mine, s.mine, config)
     # The keys travel behind each block's own near field, the gradients behind that of the blocks beside it.
     within, beside = ([p for p in pairs if (p[0] == p[1]) == same] for same in (True, False))
-    own = ops.near_field_backward(dout, q, k, v, lse, delta, s.scale, within, config.block)
+    own = ops.near_field_backward(dout, q, k, v, out, lse, s.scale, within, config.block)
     all_k, all_v = s.layout.join(gathered.wait(), 3).to(k.dtype)
-    dq, dk, dv = ops.near_field_backward(dout, q, all_k, all_v, lse, delta, s.scale, s.other_pairs, config.block)
-    blocks = arrange(q, all_k, all_v, plan, config)
-    rows = group_rows(dout, lse, delta, blocks, plan, config)
-    d_rows, d_keys, d_values = far_backward(rows, blocks, plan, s.mine, s.everything, s.scale, config)
-    tokens = all_k.shape[2]
-    grads = torch.stack([dk + from_leaves(d_keys, plan, tokens), dv + from_leaves(d_values, plan, tokens)])
+    dq, dk, dv = ops.near_field_backward(dout, q, all_k, all_v, out, lse, s.scale, s.other_pairs, config.block)
+    up = Upstream(dout, lse, ops.row_dots(dout, out))
+    far = far_backward(up, q, all_k, all_v, plan, s.mine, s.everything, s.scale, config)
+    grads = torch.stack([dk + far[1], dv + far[2]])
     shares = [s.layout.shard(grads, rank, 3) for rank in range(s.comm.size)]
     pending = _post_shares(s, shares)
-    rest = ops.near_field_backward(dout, q, k, v, lse, delta, s.scale, beside, config.block)
-    dq = dq + ungroup(d_rows, plan, *q.shape[2:4]) + own[0] + rest[0]
+    rest = ops.near_field_backward(dout, q, k, v, out, lse, s.scale, beside, config.block)
     sent = _sum_shares(s, pending, shares[s.comm.rank])
-    return dq, sent[0] + own[1] + rest[1], sent[1] + own[2] + rest[2]
+    return dq + far[0] + own[0] + rest[0], sent[0] + own[1] + rest[1], sent[1] + own[2] + rest[2]
 
 
 def _post_shares(s: Shard, shares: list[Tensor]) -> Pending:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from muse_dist.comm import Pending
-from muse_dist.compute import far_backward, far_forward, group_rows, kernels_for, rows_to_tokens, ungroup
-from muse_dist.kernels.reference import Moments
+from muse_dist.backend import kernels_for
+from muse_dist.compute import Upstream, far_backward, far_forward
+from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.layout import chunk_pairs, near_pairs
 from muse_dist.remote import (
     ChunkAnchors,
@@ -30,7 +31,8 @@ from muse_dist.remote import (
     to_message,
 )
 from muse_dist.shard import Shard, add_halo_gradients, post_halo, post_halo_gradients, received_halo
-from muse_dist.tree import Plan, arrange, from_leaves, open_blocks, order_blocks, to_leaves
+from muse_dist.slabs import places
+from muse_dist.tree import Plan, from_leaves, open_blocks, order_blocks, to_leaves
 
 
 class Saved(NamedTuple):
@@ -45,7 +47,7 @@ class Saved(NamedTuple):
 
 def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Saved]:
     """Out [B, K, G, S, D] and lse [B, K, G, S] of a rank's queries, all in the working dtype, k and v [B, K, S, D]."""
-    ops, config = kernels_for(s.config, q.device), s.config
+    ops, config = kernels_for(s.config, q), s.config
     halo = post_halo(s, k, v)
     plan = order_blocks(q, k, config, min(config.leaf, config.remote_leaf), s.mine[0] == 0)
     plan = plan._replace(anchors=plan.anchors.to(s.dtype).to(q.dtype))
@@ -57,12 +59,10 @@ def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     moments = _post_moments(s, k, v, plan, everyone)
     keys, values = received_halo(s, halo, k)
     parts.append(ops.near_field(q, keys, values, s.scale, s.halo_pairs, config.block))
-    blocks = arrange(q, k, v, plan, config)
-    plan = plan._replace(opened=open_blocks(blocks, s.mine, s.mine, config, s.scale))
-    parts.append(rows_to_tokens(far_forward(blocks, plan, s.mine, s.mine, s.scale, config), plan, q.shape[2:4]))
+    plan = plan._replace(opened=open_blocks(q, k, plan, s.mine, s.mine, config, s.scale))
+    parts.append(far_forward(q, k, v, plan, s.mine, s.mine, s.scale, config))
     messages = _messages(moments.wait())
-    far = remote_forward(blocks, anchors, _remote(s, messages), s.mine, s.scale, config)
-    parts.append(rows_to_tokens(far, plan, q.shape[2:4]))
+    parts.append(remote_forward(q, k, plan, anchors, _remote(s, messages, q.dtype), s.mine, s.scale, config))
     out, lse = ops.merge(parts)
     return out, lse, Saved(plan, anchors, everyone, (keys, values), messages)
 
@@ -71,24 +71,20 @@ def backward(
     s: Shard, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Saved
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of the rank's own shard, with what the other ranks' losses add to dk and dv."""
-    ops, config, plan = kernels_for(s.config, q.device), s.config, saved.plan
-    heads, tokens = q.shape[2:4]
-    delta = (dout * out).sum(-1)
-    blocks = arrange(q, k, v, plan, config)
-    rows = group_rows(dout, lse, delta, blocks, plan, config)
-    dq_rows, grads = remote_backward(
-        rows, blocks, saved.anchors, _remote(s, saved.messages), s.mine, s.scale, config)
+    ops, config, plan = kernels_for(s.config, q), s.config, saved.plan
+    up = Upstream(dout, lse, ops.row_dots(dout, out))
+    dq, grads = remote_backward(
+        up, q, k, plan, saved.anchors, _remote(s, saved.messages, q.dtype), s.mine, s.scale, config)
     moment_grads = _post_moment_gradients(s, grads, k)
-    dq, *d_halo = ops.near_field_backward(dout, q, *saved.halo, lse, delta, s.scale, s.halo_pairs, config.block)
+    d_rows, *d_halo = ops.near_field_backward(dout, q, *saved.halo, out, lse, s.scale, s.halo_pairs, config.block)
     halo_grads = post_halo_gradients(s, d_halo[0], d_halo[1])
     own = ops.near_field_backward(
-        dout, q, k, v, lse, delta, s.scale, near_pairs(s.mine, s.mine, config), config.block)
-    d_rows, d_keys, d_values = far_backward(rows, blocks, plan, s.mine, s.mine, s.scale, config)
-    dq = dq + own[0] + ungroup(d_rows + dq_rows, plan, heads, tokens)
-    dk, dv = own[1] + from_leaves(d_keys, plan, tokens), own[2] + from_leaves(d_values, plan, tokens)
+        dout, q, k, v, out, lse, s.scale, near_pairs(s.mine, s.mine, config), config.block)
+    far = far_backward(up, q, k, v, plan, s.mine, s.mine, s.scale, config)
+    dk, dv = own[1] + far[1], own[2] + far[2]
     add_halo_gradients(s, halo_grads, dk, dv)
     sent = _moment_gradients_home(s, _messages(moment_grads.wait()), k, v, plan, saved.everyone)
-    return dq, dk + sent[0], dv + sent[1]
+    return dq + d_rows + own[0] + far[0], dk + sent[0], dv + sent[1]
 
 
 def _messages(tensors: Sequence[Tensor]) -> list[Message]:
@@ -96,7 +92,8 @@ def _messages(tensors: Sequence[Tensor]) -> list[Message]:
 
 
 def _specs(s: Shard, k: Tensor, pairs: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    return message_specs(k.shape, s.dtype, k.dtype, s.config, s.layout) * pairs
+    mass = torch.promote_types(k.dtype, torch.float32)
+    return message_specs(k.shape, s.dtype, mass, s.config, s.layout) * pairs
 
 
 def _pairs(s: Shard, target: int) -> tuple[tuple[int, int], ...]:
@@ -107,36 +104,54 @@ def _pairs(s: Shard, target: int) -> tuple[tuple[int, int], ...]:
 def _chunk_leaves(s: Shard, x: Tensor, plan: Plan) -> dict[int, Tensor]:
     """The leaves others see, by chunk of this rank: x [B, K, S, D] -> [B, K, J, remote_leaf, D] each."""
     chunks = s.layout.chunks_of(s.comm.rank)
-    return dict(zip(chunks, to_leaves(x, plan, s.config.remote_leaf).chunk(len(chunks), 2), strict=True))
+    ops = kernels_for(s.config, x)
+    return dict(zip(chunks, to_leaves(ops, x, plan, s.config.remote_leaf).chunk(len(chunks), 2), strict=True))
 
 
-def _anchor_of(s: Shard, everyone: Tensor, rank: int, chunk: int) -> Tensor:
-    """Anchors [B, K, Q, D] of a chunk that `rank` holds."""
-    return everyone[rank, :, :, s.layout.chunks_of(rank).index(chunk)]
+class Audience(NamedTuple):
+    """Chunks of other ranks that see the leaves of one of this rank's chunks."""
+
+    chunks: list[tuple[int, int]]  # (rank, chunk), in the order of sending
+    anchors: Tensor  # [B, K, c, Q, D] their anchors
+    sight: Sight  # every one of them sees every leaf: which blocks see which is the receiver's business
+    valid: Tensor  # bool [J, remote_leaf] keys that count in what they see
+
+
+def _audience(s: Shard, everyone: Tensor, mine: int) -> Audience | None:
+    """Who sees the leaves of chunk `mine`; None if nobody does. `everyone`: anchors [P, B, K, C, Q, D]."""
+    chunks = [(rank, theirs) for rank in range(s.comm.size) for own, theirs in _pairs(s, rank) if own == mine]
+    if not chunks:
+        return None
+    anchors = [everyone[rank, :, :, s.layout.chunks_of(rank).index(theirs)] for rank, theirs in chunks]
+    device = everyone.device
+    sight = Sight(places(range(len(chunks)), device), places(range(s.layout.chunk_blocks), device), -1, False)
+    return Audience(chunks, torch.stack(anchors, 2), sight, remote_valid(mine, s.layout, s.config, device))
 
 
 def _post_moments(s: Shard, k: Tensor, v: Tensor, plan: Plan, everyone: Tensor) -> Pending:
     """Send every rank the moments of this rank's leaves about the anchors of its chunks."""
-    ops, config = kernels_for(s.config, k.device), s.config
+    ops, config = kernels_for(s.config, k), s.config
     keys, values = _chunk_leaves(s, k, plan), _chunk_leaves(s, v, plan)
-    send: list[list[Tensor]] = []
-    for rank in range(s.comm.size):
-        send.append([])
-        for mine, theirs in _pairs(s, rank):
-            leaf = ops.moments(_anchor_of(s, everyone, rank, theirs), keys[mine], values[mine], s.scale,
-                               remote_valid(mine, s.layout, config, k.device))
-            send[-1] += to_message(leaf, s.dtype, config.trace)
+    found: dict[tuple[int, int], list[Tensor]] = {}  # by (own chunk, chunk that sees it)
+    for mine in keys:
+        audience = _audience(s, everyone, mine)
+        if audience is None:
+            continue
+        leaf = ops.moments(audience.anchors, keys[mine], values[mine], audience.sight, s.scale, audience.valid)
+        for place, (_, theirs) in enumerate(audience.chunks):
+            found[mine, theirs] = [*to_message(Moments(*(x[:, :, place] for x in leaf)), s.dtype, config.trace)]
+    send = [[x for pair in _pairs(s, rank) for x in found[pair]] for rank in range(s.comm.size)]
     receive = [_specs(s, k, len(chunk_pairs(s.layout, rank, s.comm.rank, config))) for rank in range(s.comm.size)]
     return s.comm.all_to_all("moments", send, receive, k.device)
 
 
-def _remote(s: Shard, messages: Sequence[Message]) -> list[RemoteLeaves | None]:
+def _remote(s: Shard, messages: Sequence[Message], dtype: torch.dtype) -> list[RemoteLeaves | None]:
     """The messages received, joined for each of this rank's chunks."""
     arrival = [pair for rank in range(s.comm.size) for pair in chunk_pairs(s.layout, rank, s.comm.rank, s.config)]
     result: list[RemoteLeaves | None] = []
     for chunk in s.layout.chunks_of(s.comm.rank):
         here = [(message, theirs) for message, (theirs, mine) in zip(messages, arrival, strict=True) if mine == chunk]
-        result.append(remote_leaves([m for m, _ in here], [c for _, c in here], s.layout, s.config) if here else None)
+        result.append(remote_leaves([m for m, _ in here], [c for _, c in here], s.layout, dtype) if here else None)
     return result
 
 
@@ -160,16 +175,19 @@ def _moment_gradients_home(
     s: Shard, messages: Sequence[Message], k: Tensor, v: Tensor, plan: Plan, everyone: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of this rank's k and v [B, K, S, D] from the moments it sent."""
-    ops = kernels_for(s.config, k.device)
+    ops = kernels_for(s.config, k)
     keys, values = _chunk_leaves(s, k, plan), _chunk_leaves(s, v, plan)
-    dk, dv = ({chunk: torch.zeros_like(x) for chunk, x in keys.items()} for _ in range(2))
-    pairs = [(rank, pair) for rank in range(s.comm.size) for pair in _pairs(s, rank)]
-    for message, (rank, (mine, theirs)) in zip(messages, pairs, strict=True):
-        anchor = _anchor_of(s, everyone, rank, theirs)
-        valid = remote_valid(mine, s.layout, s.config, k.device)
-        leaf = ops.moments(anchor, keys[mine], values[mine], s.scale, valid)
-        d_keys, d_values = ops.moments_backward(
-            from_message(message), anchor, keys[mine], values[mine], leaf, s.scale, valid)
-        dk[mine] += d_keys
-        dv[mine] += d_values
-    return tuple(from_leaves(torch.cat(list(x.values()), 2), plan, k.shape[2]) for x in (dk, dv))  # type: ignore
+    pairs = [pair for rank in range(s.comm.size) for pair in _pairs(s, rank)]
+    found = dict(zip(pairs, messages, strict=True))
+    grads = []
+    for mine in keys:
+        audience = _audience(s, everyone, mine)
+        if audience is None:
+            grads.append((torch.zeros_like(keys[mine]), torch.zeros_like(values[mine])))
+            continue
+        parts = [from_message(found[mine, theirs], k.dtype) for _, theirs in audience.chunks]
+        grads.append(ops.moments_backward(
+            Moments(*(torch.stack(x, 2) for x in zip(*parts))), audience.anchors, keys[mine], values[mine],
+            audience.sight, s.scale, audience.valid))
+    dk, dv = (from_leaves(ops, torch.cat(x, 2), plan, k.shape[2]) for x in zip(*grads))
+    return dk, dv

@@ -51,7 +51,7 @@ class ParallelAttention(torch.autograd.Function):
         """q [B, H, S, D], k and v [B, K, S, D] of one dtype -> [B, H, S, D]."""
         mode = exchange_moments if shard.config.exchange == "moments" else exchange_kv
         with torch.autocast(q.device.type, enabled=False):
-            out, lse, saved = mode.forward(shard, *working(q, k, v))
+            out, lse, saved = mode.forward(shard, *working(q, k, v, shard.config))
             out = out.flatten(1, 2).to(q.dtype)
         ctx.shard = shard
         ctx.save_for_backward(q, k, v, out, lse, *_flatten(saved))
@@ -65,7 +65,7 @@ class ParallelAttention(torch.autograd.Function):
         shard: Shard = ctx.shard
         mode = exchange_moments if shard.config.exchange == "moments" else exchange_kv
         with torch.autocast(q.device.type, enabled=False):
-            rows, keys, values = working(q, k, v)
+            rows, keys, values = working(q, k, v, shard.config)
             dout, out = (x.to(rows.dtype).unflatten(1, rows.shape[1:3]) for x in (dout, out))
             dq, dk, dv = mode.backward(shard, dout, rows, keys, values, out, lse, _unflatten(rest))  # type: ignore[arg-type]
         return dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None

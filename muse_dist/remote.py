@@ -4,17 +4,23 @@ Shape legend as in `kernels/reference.py`; C chunks a rank, Q remote anchors of 
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from muse_dist.compute import GroupedRows, kernels_for
+from muse_dist.backend import kernels_for
+from muse_dist.compute import (
+    Upstream, empty_softmax, grouped, join_heads, moment_bytes, no_moments, rows_to_tokens, ungroup,
+)
 from muse_dist.config import MuseConfig
-from muse_dist.kernels.reference import NEG_INF, Moments, bisect
-from muse_dist.layout import Layout, chunk_pairs, is_far
-from muse_dist.tree import Blocks, Plan
+from muse_dist.kernels.clustering import bisect
+from muse_dist.kernels.reference import Moments
+from muse_dist.layout import Layout, chunk_pairs
+from muse_dist.slabs import FarSlab, far_slabs, head_slabs
+from muse_dist.tree import Plan, query_rows
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
@@ -25,6 +31,10 @@ class ChunkAnchors(NamedTuple):
     anchor: Tensor  # [B, K, C, Q, D]
     part: Tensor  # int64 [B, K, C, n / C, R] the remote anchor that serves each part of each block
 
+    def of_heads(self, heads: slice) -> ChunkAnchors:
+        """The anchors of some of the key/value heads."""
+        return ChunkAnchors(*(x[:, heads] for x in self))
+
 
 class RemoteLeaves(NamedTuple):
     """Moments of other ranks' leaves as one chunk of queries sees them."""
@@ -32,16 +42,21 @@ class RemoteLeaves(NamedTuple):
     leaf: Moments  # [B, K, Q, J] and [B, K, Q, J, D]
     blocks: list[int]  # the blocks of the sequence they lie in, in order
 
+    def of_heads(self, heads: slice) -> RemoteLeaves:
+        """The leaves of some of the key/value heads."""
+        return RemoteLeaves(Moments(*(x[:, heads] for x in self.leaf)), self.blocks)
+
 
 def chunk_anchors(plan: Plan, layout: Layout, config: MuseConfig) -> ChunkAnchors:
     """Bisect the block anchors of every chunk into `remote_anchors` parts and take their means."""
     points = plan.anchors.unflatten(2, (layout.chunks_per_rank, -1)).flatten(3, 4)  # [B, K, C, n/C * R, D]
     size = points.shape[3] // config.remote_anchors
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
     order = bisect(points, size)
     runs = points.gather(3, order[..., None].expand_as(points)).unflatten(3, (-1, size))
     part = torch.empty_like(order).scatter_(3, order, torch.arange(order.shape[3], device=order.device)
                                             .expand_as(order)) // size
-    return ChunkAnchors(runs.mean(4), part.unflatten(3, (-1, config.anchors)))
+    return ChunkAnchors(runs.mean(4).to(plan.anchors.dtype), part.unflatten(3, (-1, config.anchors)))
 
 
 def remote_valid(chunk: int, layout: Layout, config: MuseConfig, device: torch.device) -> Tensor:
@@ -63,11 +78,11 @@ def to_message(leaf: Moments, dtype: torch.dtype, trace: bool) -> Message:
     return Message(leaf.mass, torch.cat(columns, -1).to(dtype))
 
 
-def from_message(message: Message) -> Moments:
-    """The moments of a message, in the dtype of its masses."""
-    rest = message.rest.to(message.mass.dtype)
+def from_message(message: Message, dtype: torch.dtype) -> Moments:
+    """The moments of a message: means in the working dtype, the trace in the dtype of the masses."""
+    rest = message.rest.to(dtype)
     dim = rest.shape[-1] // 2
-    trace = rest[..., 2 * dim] if rest.shape[-1] % 2 else torch.zeros_like(message.mass)
+    trace = message.rest[..., 2 * dim].to(message.mass.dtype) if rest.shape[-1] % 2 else torch.zeros_like(message.mass)
     return Moments(message.mass, rest[..., :dim], rest[..., dim:2 * dim], trace)
 
 
@@ -80,9 +95,9 @@ def message_specs(shape: Sequence[int], dtype: torch.dtype, mass: torch.dtype, c
 
 
 def remote_leaves(messages: Sequence[Message], chunks: Sequence[int], layout: Layout,
-                  config: MuseConfig) -> RemoteLeaves:
-    """Join the messages for one chunk of queries, from `chunks` of keys."""
-    parts = [from_message(message) for message in messages]
+                  dtype: torch.dtype) -> RemoteLeaves:
+    """Join the messages for one chunk of queries, from `chunks` of keys, in the working dtype."""
+    parts = [from_message(message, dtype) for message in messages]
     leaf = Moments(*(torch.cat(column, 3) for column in zip(*parts)))
     return RemoteLeaves(leaf, [block for chunk in chunks for block in layout.blocks_of_chunk(chunk)])
 
@@ -94,72 +109,99 @@ def sources(layout: Layout, rank: int, chunk: int, config: MuseConfig) -> list[t
 
 
 def remote_forward(
-    blocks: Blocks, anchors: ChunkAnchors, leaves: Sequence[RemoteLeaves | None], query_blocks: Sequence[int],
-    scale: float, config: MuseConfig,
+    q: Tensor, k: Tensor, plan: Plan, anchors: ChunkAnchors, leaves: Sequence[RemoteLeaves | None],
+    query_blocks: Sequence[int], scale: float, config: MuseConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Far field of grouped rows over other ranks' leaves: out [B, K, n, U, g, D], lse [B, K, n, U, g].
+    """Far field of a rank's queries over other ranks' leaves: out [B, K, G, S, D], lse [B, K, G, S].
 
-    `leaves` holds the remote leaves of each chunk of queries, None where it sees none.
+    `leaves` holds the remote leaves of each chunk of queries, None where it sees none; k only tells sizes.
     """
-    ops = kernels_for(config, blocks.q.device)
-    out, lse = torch.zeros_like(blocks.q), blocks.q.new_full(blocks.q.shape[:-1], NEG_INF)
-    for i, remote, anchor, part, hidden in _remote_blocks(blocks, anchors, leaves, query_blocks, config):
-        out[:, :, i], lse[:, :, i] = ops.far_field(
-            blocks.q[:, :, i], anchor, _per_part(remote.leaf, part), hidden, scale, config.trace)
-    return out, lse
+    ops, parts = kernels_for(config, q), []
+    for heads in head_slabs(q, k):
+        here = plan.of_heads(heads)
+        rows = _rows(ops, q[:, heads], here, config)
+        out, lse = empty_softmax(rows, config)
+        for chunk, remote, slab in _remote_slabs(rows, leaves, heads, query_blocks, config):
+            about = anchors.of_heads(heads)
+            out[:, :, slab.rows], lse[:, :, slab.rows] = ops.far_field(
+                rows[:, :, slab.rows], about.anchor[:, :, chunk], remote.leaf, None, None, None, slab.sight(q.device),
+                scale, config.trace, None, _use(about, chunk, slab, len(leaves), query_blocks))
+        parts.append(rows_to_tokens(ops, (out, lse), here, q.shape[2:4]))
+    return join_heads(parts)  # type: ignore[return-value]
 
 
 def remote_backward(
-    rows: GroupedRows, blocks: Blocks, anchors: ChunkAnchors, leaves: Sequence[RemoteLeaves | None],
+    up: Upstream, q: Tensor, k: Tensor, plan: Plan, anchors: ChunkAnchors, leaves: Sequence[RemoteLeaves | None],
     query_blocks: Sequence[int], scale: float, config: MuseConfig,
 ) -> tuple[Tensor, list[Moments | None]]:
-    """Gradients of `remote_forward` for the rows and for the moments of every chunk of queries."""
-    ops = kernels_for(config, blocks.q.device)
-    dq = torch.zeros_like(blocks.q)
-    grads = [None if x is None else Moments(*(torch.zeros_like(y) for y in x.leaf)) for x in leaves]
-    per_chunk = len(query_blocks) // len(leaves)
-    for i, remote, anchor, part, hidden in _remote_blocks(blocks, anchors, leaves, query_blocks, config):
-        dout, lse, delta = (x[:, :, i] for x in rows)
-        dq[:, :, i], grad = ops.far_field_backward(
-            dout, blocks.q[:, :, i], anchor, _per_part(remote.leaf, part), hidden, lse, delta, scale, config.trace)
-        total = grads[i // per_chunk]
-        assert total is not None
-        for sum_, x in zip(total, _to_anchors(grad, part, remote.leaf.mass.shape[2])):
-            sum_ += x
-    return dq, grads
+    """Gradients of `remote_forward` for q, and in at least fp32 for the moments of every chunk of queries."""
+    ops, parts = kernels_for(config, q), []
+    grads = [None if x is None else no_moments(x.leaf) for x in leaves]
+    for heads in head_slabs(q, k):
+        here, about = plan.of_heads(heads), anchors.of_heads(heads)
+        rows = _rows(ops, q[:, heads], here, config)
+        grouped_up = grouped(ops, up.of_heads(heads), None, here, config)
+        dq = torch.zeros_like(rows)
+        for chunk, remote, slab in _remote_slabs(rows, leaves, heads, query_blocks, config):
+            dout, lse, delta = grouped_up.of_blocks(slab.rows)
+            use, sight = _use(about, chunk, slab, len(leaves), query_blocks), slab.sight(q.device)
+            dq[:, :, slab.rows], grad, _, _ = ops.far_field_backward(
+                dout, rows[:, :, slab.rows], about.anchor[:, :, chunk], remote.leaf, None, None, None, lse, delta,
+                sight, scale, config.trace, None, use)
+            total = grads[chunk]
+            assert total is not None
+            seen = ops.seen_blocks(sight).repeat_interleave(slab.leaves // len(slab.key_places), -1)
+            for sum_, x in zip(total, grad):
+                sum_[:, heads, :, :slab.leaves] += _to_anchors(x, use, seen, sum_.shape[2])
+        parts.append((ungroup(ops, dq, here, q.shape[2], q.shape[3]),))
+    return join_heads(parts)[0], grads
 
 
-def _remote_blocks(
-    blocks: Blocks, anchors: ChunkAnchors, leaves: Sequence[RemoteLeaves | None], query_blocks: Sequence[int],
-    config: MuseConfig,
-) -> Iterator[tuple[int, RemoteLeaves, Tensor, Tensor | None, Tensor]]:
-    """Yield (place, remote leaves, anchors [B, K, A, D], part of each anchor, hidden [B, K, U, J]) of query blocks."""
-    per_chunk = len(query_blocks) // len(leaves)
-    for i, block in enumerate(query_blocks):
-        remote = leaves[i // per_chunk]
+def _rows(ops: ModuleType, q: Tensor, plan: Plan, config: MuseConfig) -> Tensor:
+    """q [B, K, G, S, D] as groups of rows in the order of a plan: [B, K, n, U, g, D]. Ranks hold whole blocks."""
+    return ops.gather_rows(query_rows(q, config.block), plan.query_order).unflatten(3, (-1, config.group))
+
+
+def _remote_slabs(
+    rows: Tensor, leaves: Sequence[RemoteLeaves | None], heads: slice, query_blocks: Sequence[int], config: MuseConfig
+) -> list[tuple[int, RemoteLeaves, FarSlab]]:
+    """(chunk, its remote leaves, some of its query blocks and the leaves they see) for all that see remote leaves.
+
+    The slab's `rows` count all query blocks of the rank.
+    """
+    per_chunk, per_block = len(query_blocks) // len(leaves), config.block // config.remote_leaf
+    result = []
+    for chunk, remote in enumerate(leaves):
         if remote is None:
             continue
-        anchor = anchors.anchor[:, :, i // per_chunk]
-        part = None
-        if config.remote_anchors > 1:  # one anchor serves all parts as it is
-            part = anchors.part[:, :, i // per_chunk, i % per_chunk]
-            anchor = anchor.gather(2, part[..., None].expand(*part.shape, anchor.shape[-1]))
-        hidden = torch.tensor([not is_far(block, j, config) for j in remote.blocks], device=anchor.device)
-        hidden = hidden.repeat_interleave(config.block // config.remote_leaf)
-        yield i, remote, anchor, part, hidden.expand(*blocks.q.shape[:2], blocks.q.shape[3], -1)
+        here = remote.of_heads(heads)
+        first = chunk * per_chunk
+        block_bytes = moment_bytes(rows, config.anchors, len(remote.blocks) * per_block)
+        blocks = query_blocks[first:first + per_chunk]
+        for slab in far_slabs(blocks, remote.blocks, block_bytes, 3 * rows.nbytes, per_block, config):
+            seen = RemoteLeaves(Moments(*(x[:, :, :, :slab.leaves] for x in here.leaf)), here.blocks)
+            place = slice(first + slab.rows.start, first + slab.rows.stop)
+            result.append((chunk, seen, slab._replace(rows=place)))
+    return result
 
 
-def _per_part(leaf: Moments, part: Tensor | None) -> Moments:
-    """Moments about remote anchors [B, K, Q, J] for the anchors that serve parts [B, K, R]: [B, K, R, J]."""
-    if part is None:
-        return leaf
-    return Moments(*(x.gather(2, part.view(*part.shape, *[1] * (x.dim() - 3)).expand(-1, -1, -1, *x.shape[3:]))
-                     for x in leaf))
+def _use(anchors: ChunkAnchors, chunk: int, slab: FarSlab, chunks: int, query_blocks: Sequence[int]) -> Tensor:
+    """The remote anchor that serves each part of the blocks of a slab: [B, K, blocks, R]."""
+    first = chunk * (len(query_blocks) // chunks)
+    return anchors.part[:, :, chunk, slab.rows.start - first:slab.rows.stop - first]
 
 
-def _to_anchors(grad: Moments, part: Tensor | None, count: int) -> Moments:
-    """The adjoint of `_per_part`, summed in a fixed order."""
-    if part is None:
-        return grad
-    serves = (part[:, :, None] == torch.arange(count, device=part.device)[:, None]).to(grad.mass.dtype)
-    return Moments(*((serves @ x.flatten(3)).unflatten(3, x.shape[3:]) for x in grad))
+def _to_anchors(grad: Tensor, use: Tensor, seen: Tensor, count: int) -> Tensor:
+    """Sum what the parts of all blocks give their anchors, in a fixed order, in at least fp32.
+
+    Args:
+        grad: [B, K, n, R, J] or [B, K, n, R, J, D]; use: [B, K, n, R]; seen: bool [n, J].
+    Returns:
+        [B, K, Q, J] or [B, K, Q, J, D] for Q = `count` anchors.
+    """
+    seen = seen[:, None] if grad.dim() == 5 else seen[:, None, :, None]
+    grad = torch.where(seen, grad, 0.0).to(torch.promote_types(grad.dtype, torch.float32))
+    if count == 1:
+        return grad.sum((2, 3))[:, :, None]
+    serves = (use[:, :, None] == torch.arange(count, device=use.device)[:, None, None]).to(grad.dtype)
+    return (serves.flatten(3) @ grad.flatten(2, 3).flatten(3)).unflatten(3, grad.shape[4:])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from muse_dist.layout import Layout
 from muse_dist.remote import chunk_anchors
-from muse_dist.tree import arrange, open_blocks, order_blocks
+from muse_dist.tree import open_blocks, order_blocks
 from tests.brute import far_blocks, is_near, leaf_moments
 
 
@@ -35,7 +35,7 @@ def structure(q: Tensor, k: Tensor, rank: int, ranks: int, layout: str, config, 
     tokens = torch.tensor([j * config.block + i for j in held for i in range(config.block)])
     rows, keys = q[:, :, tokens].detach().unflatten(1, (k.shape[1], -1)), k[:, :, tokens].detach()
     plan = order_blocks(rows, keys, config, min(config.leaf, config.remote_leaf), held[0] == 0)
-    opened = open_blocks(arrange(rows, keys, None, plan, config), held, held, config, scale)
+    opened = open_blocks(rows, keys, plan, held, held, config, scale)
     return plan._replace(opened=opened), chunk_anchors(plan, Layout(layout, ranks, k.shape[2], config.block), config)
 
 

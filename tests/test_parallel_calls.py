@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from muse_dist import ByteCounter, muse_attention, traffic
 from muse_dist.comm import Communicator, Pending
-from muse_dist.kernels import reference
+from muse_dist.kernels import plain_blocks
 from tests.brute import far_blocks, is_near
 from tests.brute_ranks import blocks_held
 from tests.ranks import run_ranks
@@ -19,12 +19,14 @@ MODES = pytest.mark.parametrize("exchange", ["moments", "kv"])
 LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 POSTS = {"moments": (["halo and sinks", "anchors", "moments"], ["moments gradients", "halo and sinks gradients"]),
          "kv": (["keys and values", "key order"], ["keys and values", "keys and values gradients"])}
-KERNELS = ["moments", "far_field", "opened_leaves", "near_field"]
 
 
 @contextlib.contextmanager
 def watched():
-    """Collects what happens: ("post", exchange), ("wait", exchange), and every kernel, the near field by its keys."""
+    """Collects what happens: ("post", exchange), ("wait", exchange), kernels, the near field by whose keys it reads.
+
+    The far field is told apart by what it reads: ("kernel", "opened") has leaves to open, ("kernel", "far") has none.
+    """
     events = []
 
     def note(function, kind, name_of):
@@ -36,13 +38,18 @@ def watched():
     def near(place):  # the own blocks hold the causal diagonal, those of other ranks never do
         return lambda args: "own" if any(diagonal for *_, diagonal in args[place]) else "others"
 
-    kernels = {name: note(getattr(reference, name), "kernel", lambda _, name=name: name)
-               for base in KERNELS for name in (base, f"{base}_backward")}
-    kernels["near_field"] = note(reference.near_field, "near", near(4))
-    kernels["near_field_backward"] = note(reference.near_field_backward, "near", near(7))
+    def far(place):
+        return lambda args: "far" if args[place] is None else "opened"
+
+    kernels = {name: note(getattr(plain_blocks, name), "kernel", lambda _, name=name: name)
+               for name in ("moments", "moments_backward")}
+    kernels["far_field"] = note(plain_blocks.far_field, "kernel", far(5))
+    kernels["far_field_backward"] = note(plain_blocks.far_field_backward, "kernel", far(6))
+    kernels["near_field"] = note(plain_blocks.near_field, "near", near(4))
+    kernels["near_field_backward"] = note(plain_blocks.near_field_backward, "near", near(7))
     posts = {name: note(getattr(Communicator, name), "post", lambda args: args[1])
              for name in ("all_gather", "all_to_all")}
-    with mock.patch.multiple(reference, **kernels), mock.patch.multiple(Communicator, **posts), \
+    with mock.patch.multiple(plain_blocks, **kernels), mock.patch.multiple(Communicator, **posts), \
             mock.patch.object(Pending, "wait", note(Pending.wait, "wait", lambda args: args[0].name)):
         yield events
 
@@ -83,8 +90,8 @@ def test_moments_travel_behind_compute(layout):
         assert_hidden(backward, "halo and sinks gradients", [("near", "own")])
     if layout == "zigzag":  # every rank has a local far field
         for forward, backward in found:
-            assert_hidden(forward, "moments", [("kernel", "opened_leaves")])
-            assert_hidden(backward, "moments gradients", [("kernel", "opened_leaves_backward")])
+            assert_hidden(forward, "moments", [("kernel", "opened")])
+            assert_hidden(backward, "moments gradients", [("kernel", "opened")])
 
 
 @LAYOUTS

@@ -1,0 +1,81 @@
+"""Which kernels run: the plain ones in PyTorch, or the Triton ones for GPUs."""
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from muse_dist.config import MuseConfig
+
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRITON_MOST_DIM = 256
+LEAF_BYTES = 64 * 1024  # of the keys of a leaf, sizes padded to powers of two, that a Triton program holds on chip
+
+
+def kernels_for(config: MuseConfig, q: Tensor) -> ModuleType:
+    """The module whose functions run for queries [..., D]; with backend="auto" the choice is logged once.
+
+    `plain_blocks` and `triton_blocks` hold functions of the same names and signatures.
+    """
+    name = backend_for(config, q)
+    if config.backend == "auto":
+        _say_backend(name, q.device.type)
+    if name == "triton":
+        from muse_dist.kernels import triton_blocks
+
+        return triton_blocks
+    from muse_dist.kernels import plain_blocks
+
+    return plain_blocks
+
+
+def backend_for(config: MuseConfig, q: Tensor) -> str:
+    """'torch' or 'triton'. Auto takes Triton wherever it can run."""
+    if config.backend != "auto":
+        return config.backend
+    return "triton" if q.is_cuda and triton_problem(config, q) is None else "torch"
+
+
+def triton_problem(config: MuseConfig, q: Tensor) -> str | None:
+    """Why backend="triton" cannot run for queries [..., D], with the fix; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "backend='triton': triton is not installed; `pip install triton`, or take backend='torch'"
+    if q.is_cuda:
+        if torch.cuda.get_device_capability(q.device) < (8, 0):
+            return "backend='triton': needs an Ampere GPU or a newer one; take backend='torch'"
+    elif not interpreted():
+        return f"backend='triton': does not run on {q.device.type}; move the tensors to a GPU or take backend='torch'"
+    if q.dtype not in TRITON_DTYPES:
+        return f"backend='triton': does not compute in {q.dtype}; cast to bfloat16, float16 or float32, or take 'torch'"
+    dim = q.shape[-1]
+    if dim > TRITON_MOST_DIM:
+        return f"backend='triton': takes head dims up to {TRITON_MOST_DIM}, not {dim}; take backend='torch'"
+    most = LEAF_BYTES // (power_of_two(dim) * q.dtype.itemsize)
+    for name in ("leaf", "remote_leaf"):
+        if power_of_two(getattr(config, name)) > most:
+            return (f"backend='triton': {name}={getattr(config, name)} with head dim {dim} in {q.dtype} does not fit "
+                    f"on the chip; take at most {most}, or backend='torch'")
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, in Triton's own interpreter (TRITON_INTERPRET=1): for tests."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from muse_dist.kernels import triton_rows
+
+    return isinstance(triton_rows.row_dots_kernel, InterpretedFunction)
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is at least `size` and 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@functools.cache
+def _say_backend(name: str, device: str) -> None:
+    logging.getLogger("muse_dist").info("backend 'auto' takes '%s' on %s", name, device)

@@ -1,0 +1,79 @@
+"""Work in slabs: heads and query blocks are taken together up to a bound on temporary memory."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from muse_dist.config import MuseConfig
+from muse_dist.kernels.plain_blocks import Sight
+from muse_dist.layout import is_far
+
+SLAB_BYTES = 2 ** 28  # of sorted copies of some heads; temporary memory of their query blocks takes at most as much
+
+
+class FarSlab(NamedTuple):
+    """Some query blocks, and the key blocks up to the last one that their far field reads."""
+
+    rows: slice  # of the query blocks
+    leaves: int  # how many of the leaves, from the first
+    query_places: Sequence[int]  # of these query blocks in the sequence
+    key_places: Sequence[int]
+    halo: int
+    causal: bool
+
+    def sight(self, device: torch.device) -> Sight:
+        """Which of these key blocks each of these query blocks sees."""
+        return Sight(places(self.query_places, device), places(self.key_places, device), self.halo, self.causal)
+
+
+def sight_of(
+    query_blocks: Sequence[int], key_blocks: Sequence[int], config: MuseConfig, device: torch.device
+) -> Sight:
+    """What the far field of query blocks reads of key blocks, both given by their places in the sequence."""
+    return Sight(places(query_blocks, device), places(key_blocks, device), config.halo, config.causal)
+
+
+def head_slabs(q: Tensor, k: Tensor) -> list[slice]:
+    """Key/value heads to work on together, by the size of sorted copies of q [B, K, G, S, D] and k [B, K, T, D]."""
+    heads = k.shape[1]
+    return _slabs(heads, SLAB_BYTES * heads // (2 * (q.nbytes + k.nbytes)))
+
+
+def far_slabs(
+    query_blocks: Sequence[int], key_blocks: Sequence[int], block_bytes: int, bound: int, per_block: int,
+    config: MuseConfig,
+) -> list[FarSlab]:
+    """Query blocks to work on together, those without a far field left out.
+
+    Args:
+        query_blocks, key_blocks: places in the sequence.
+        block_bytes: temporary memory that a query block takes if it sees all leaves; bound: how much all may take.
+            With the size of the inputs for a bound memory grows as the length, not as its square.
+        per_block: leaves in a key block.
+    """
+    result = []
+    for rows in _slabs(len(query_blocks), bound // max(1, block_bytes)):
+        here = query_blocks[rows]
+        count = max((place + 1 for place, j in enumerate(key_blocks) if any(is_far(i, j, config) for i in here)),
+                    default=0)
+        if count:
+            result.append(FarSlab(rows, count * per_block, here, key_blocks[:count], config.halo, config.causal))
+    return result
+
+
+def _slabs(count: int, together: int) -> list[slice]:
+    """`count` things in as few runs of at most `together` (at least one) as can be, all about as long."""
+    pieces = -(-count // max(1, together))
+    ends = [count * i // pieces for i in range(pieces + 1)]
+    return [slice(a, b) for a, b in zip(ends, ends[1:])]
+
+
+def places(blocks: Sequence[int], device: torch.device) -> Tensor:
+    """int32 [n]: the places of blocks on the device, without waiting for it, as copying a list would."""
+    starts = [i for i in range(len(blocks)) if i == 0 or blocks[i] != blocks[i - 1] + 1]
+    runs = [torch.arange(blocks[a], blocks[b - 1] + 1, dtype=torch.int32, device=device)
+            for a, b in zip(starts, [*starts[1:], len(blocks)])]
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
