@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_dist.kernels.limits import DTYPES, MOST_DIM, largest_leaf, padded
 from muse_dist.kernels.plain_blocks import Sight, seen_blocks
 
 LOG2E = tl.constexpr(1.4426950408889634)
 PRECISION = tl.constexpr("tf32x3")  # of fp32 products, right to about 1e-6; plain fp32 takes no tensor cores and spills
-LEAF_BYTES = 64 * 1024  # of the keys of a padded leaf that a program holds on chip
 
 
 class Tile(NamedTuple):
@@ -48,11 +48,6 @@ def backward_tile(dim: int, dtype: torch.dtype) -> Tile:
     return Tile(32, 32, 4, 1) if row_bytes <= 512 else Tile(16, 16, 4, 1)
 
 
-def padded(size: int) -> int:
-    """The power of two that tiles of `size` take; tl.dot needs 16."""
-    return max(16, triton.next_power_of_2(size))
-
-
 def side(size: int, most: int, warps: int) -> int:
     """The power of two that a tile spans of `size` rows or keys: at most `most`, at least 4 * warps.
 
@@ -66,16 +61,16 @@ def check_kernel_inputs(dim: int, leaf: int, **tensors: Tensor | None) -> None:
     """Raise ValueError for what the kernels cannot run: dtypes, head dims above 256, leaves too large for the chip."""
     given = {name: x for name, x in tensors.items() if x is not None}
     first, dtype = next((name, x.dtype) for name, x in given.items())
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if dtype not in DTYPES:
         raise ValueError(f"{first} is {dtype}: the Triton kernels take bfloat16, float16 and float32; cast it or take "
                          "backend='torch'")
     for name, x in given.items():
         if x.dtype != dtype or x.device != given[first].device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, but {first} is {dtype} on {given[first].device}: "
                              "they must agree")
-    if dim > 256:
-        raise ValueError(f"head dim {dim}: the Triton kernels take at most 256; take backend='torch'")
-    most = LEAF_BYTES // (padded(dim) * dtype.itemsize)
+    if dim > MOST_DIM:
+        raise ValueError(f"head dim {dim}: the Triton kernels take at most {MOST_DIM}; take backend='torch'")
+    most = largest_leaf(dim, dtype)
     if padded(leaf) > most:
         raise ValueError(f"leaf={leaf}: with head dim {dim} in {dtype} the Triton kernels take at most {most}; "
                          "take smaller leaves or backend='torch'")

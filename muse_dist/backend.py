@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from muse_dist.config import MuseConfig
-
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TRITON_MOST_DIM = 256
-LEAF_BYTES = 64 * 1024  # of the keys of a leaf, sizes padded to powers of two, that a Triton program holds on chip
+from muse_dist.kernels.limits import DTYPES, MOST_DIM, largest_leaf, padded
 
 
 def kernels_for(config: MuseConfig, q: Tensor) -> ModuleType:
@@ -49,14 +46,14 @@ def triton_problem(config: MuseConfig, q: Tensor) -> str | None:
             return "backend='triton': needs an Ampere GPU or a newer one; take backend='torch'"
     elif not interpreted():
         return f"backend='triton': does not run on {q.device.type}; move the tensors to a GPU or take backend='torch'"
-    if q.dtype not in TRITON_DTYPES:
+    if q.dtype not in DTYPES:
         return f"backend='triton': does not compute in {q.dtype}; cast to bfloat16, float16 or float32, or take 'torch'"
     dim = q.shape[-1]
-    if dim > TRITON_MOST_DIM:
-        return f"backend='triton': takes head dims up to {TRITON_MOST_DIM}, not {dim}; take backend='torch'"
-    most = LEAF_BYTES // (power_of_two(dim) * q.dtype.itemsize)
+    if dim > MOST_DIM:
+        return f"backend='triton': takes head dims up to {MOST_DIM}, not {dim}; take backend='torch'"
+    most = largest_leaf(dim, q.dtype)
     for name in ("leaf", "remote_leaf"):
-        if power_of_two(getattr(config, name)) > most:
+        if padded(getattr(config, name)) > most:
             return (f"backend='triton': {name}={getattr(config, name)} with head dim {dim} in {q.dtype} does not fit "
                     f"on the chip; take at most {most}, or backend='torch'")
     return None
@@ -69,11 +66,6 @@ def interpreted() -> bool:
     from muse_dist.kernels import triton_rows
 
     return isinstance(triton_rows.row_dots_kernel, InterpretedFunction)
-
-
-def power_of_two(size: int) -> int:
-    """The least power of two that is at least `size` and 16."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 @functools.cache

@@ -2,14 +2,12 @@
 
 Half precision is held to what exact attention in that precision makes of the same inputs: at most twice its error.
 """
-import inspect
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from muse_dist.kernels import (
-    leaf_readers, plain_blocks, triton_far, triton_far_backward, triton_moments, triton_opened_backward,
+    leaf_readers, plain_blocks, triton_far, triton_far_backward, triton_moments, triton_opened_backward, triton_rows,
 )
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import Tile, backward_tile, side
@@ -19,11 +17,6 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 DIM = 64 if GPU else 24
 SCALE = 0.3
 SMALL = Tile(16, 16, 4, 1)
-KERNELS = {
-    "moments": triton_moments, "moments_backward": triton_moments, "far_field": triton_far,
-    "far_field_backward": triton_far_backward,
-}
-
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # numpy's log2(0) is meant
 
 
@@ -165,15 +158,6 @@ def tensors(results, case):
     return found
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_takes_what_its_twin_takes_and_a_tile(name):
-    kernel = inspect.signature(getattr(KERNELS[name], name))
-    twin = inspect.signature(getattr(plain_blocks, name))
-    *shared, tile = kernel.parameters.values()
-    assert shared == list(twin.parameters.values()) and kernel.return_annotation == twin.return_annotation
-    assert tile.name == "tile" and tile.kind == tile.KEYWORD_ONLY and tile.default is None
-
-
 @every_combination
 def test_moments(dtype, dim, settings):
     case = Case(dtype, dim, **settings)
@@ -232,6 +216,55 @@ def test_far_field_backward(dtype, dim, settings):
     else:
         assert_near(opened[0], want_opened[0], at_k)
         assert_near(opened[1], want_opened[1], at_v)
+
+
+class SharedCase(Case):
+    """Anchors that all blocks share: `use` names the one that serves each part. Nothing is opened."""
+
+    def __init__(self, anchors, **settings):
+        super().__init__(slots=0, **settings)
+        self.anchor = self.q.double().mean((2, 3, 4))[:, :, None].expand(-1, -1, anchors, -1).to(self.dtype)
+        self.anchor = self.anchor + 0.2 * normal(*self.anchor.shape, seed=10, dtype=self.dtype)
+        part = normal(self.batch, self.heads, self.blocks, self.parts, anchors, seed=11).argmax(-1)
+        self.use = part.to(torch.int64)
+        everything = Sight(self.sight.query[:1], self.sight.key, -1, False)
+        leaf = plain_blocks.moments(*map(wide, (self.anchor[:, :, None], self.k, self.v, everything, SCALE)))
+        mass, key, value, trace = (x[:, :, 0] for x in leaf)
+        self.leaf = Moments(mass.float(), key.to(self.dtype), value.to(self.dtype), trace.float())
+
+    def arguments(self):
+        return self.q, self.anchor, self.leaf, None, None, None
+
+
+@pytest.mark.parametrize("anchors", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_anchors_that_blocks_share(dtype, anchors):
+    case = SharedCase(anchors, dtype=dtype, causal=False)
+    far, tail = case.arguments(), (case.sight, SCALE, True, None, case.use)
+    want, lse = plain_blocks.far_field(*map(wide, far), *tail)
+    out, got_lse = triton_far.far_field(*far, *tail)
+    tolerances = case.tolerances()
+    assert_near(out, want, tolerances[0])
+    assert_near(got_lse, lse, tolerances[0])
+    delta = (case.dout.double() * want).sum(-1)
+    back = *far, lse.float(), delta.float(), *tail
+    dq, grad, _, _ = triton_far_backward.far_field_backward(case.dout, *back)
+    want_q, want_grad, _, _ = plain_blocks.far_field_backward(wide(case.dout), *map(wide, back))
+    assert_near(dq, want_q, tolerances[1])
+    for got, right in zip(grad, want_grad, strict=True):
+        assert_near(case.only_seen(got), case.only_seen(right), max(tolerances))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_rows(dtype):
+    a, b = (normal(2, 3, 70, DIM, seed=seed, dtype=dtype) for seed in (1, 2))
+    assert_near(triton_rows.row_dots(a, b), plain_blocks.row_dots(a.double(), b.double()), 1e-6)
+    a[0, 0, 3, 2], a[1, 1, 69, 0], a[1, 2] = torch.nan, -torch.inf, torch.inf
+    valid = normal(2, 3, 70, seed=3) > 0
+    valid[0, 1] = False
+    for which in (None, valid):
+        assert_near(triton_rows.mean_rows(a, which), plain_blocks.mean_rows(a.double(), which),
+                    1e-6 if dtype == torch.float32 else 1e-3)
 
 
 def test_leaves_of_one_key_give_exact_attention():
