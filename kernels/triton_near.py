@@ -1,0 +1,131 @@
+"""The near field in few calls of exact attention.
+
+Pairs of blocks at the same distance and of the same sizes are one call, with the blocks in the place of the batch:
+strided views, nothing is copied. On one device a causal near field takes `halo` + 1 calls, whatever the length.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from muse_dist.kernels.exact_kernels import Exact, exact_kernels
+from muse_dist.kernels.triton_common import check_kernel_inputs
+from muse_dist.kernels.triton_merge import Part, join
+
+NEVER = 1e30  # a log-sum-exp under which every weight is 0, and finite: kernels differ in what they make of infinities
+
+
+class Run(NamedTuple):
+    """Consecutive query blocks of which each reads one key block, all at the same distance."""
+
+    query: int  # the first query block
+    key: int  # the key block that it reads
+    blocks: int  # how many query blocks, and as many key blocks
+    diagonal: bool  # whether the pairs are causal diagonals
+    rows: int  # tokens of a query block
+    keys: int  # tokens of a key block
+
+
+def near_field(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, pairs: Sequence[tuple[int, int, bool]], block: int, *,
+    exact: Exact | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of query blocks to key blocks.
+
+    Args:
+        q: [B, K, G, S, D]; k, v: [B, K, T, D]; the last block of either may be short.
+        pairs: (query block, key block, whether the pair is the causal diagonal), counted inside q and k.
+        exact: the exact attention of a block; chosen by `exact_kernels` if None.
+    Returns:
+        out [B, K, G, S, D] in the dtype of q and lse [B, K, G, S] in fp32; 0 and -inf for queries that have no pair.
+    """
+    check_kernel_inputs(q.shape[-1], 1, q=q, k=k, v=v)
+    queries, keys, values = _heads(q), _heads(k), _heads(v)
+    parts = []
+    for run in find_runs(pairs, block, q.shape[3], k.shape[2]):
+        rows, read = _fold(run, block, [queries], [keys, values])
+        out, lse = _exact(exact, q, run).forward(*rows, *read, scale, run.diagonal)
+        parts.append(Part(_unfold(out), _unfold(lse), run.query * block))
+    if not parts:
+        return torch.zeros_like(q), torch.full(q.shape[:-1], -math.inf, dtype=torch.float32, device=q.device)
+    out, lse = join(parts, q.shape[3])
+    return out.unflatten(0, q.shape[:3]), lse.unflatten(0, q.shape[:3])
+
+
+def near_field_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    pairs: Sequence[tuple[int, int, bool]], block: int, *, exact: Exact | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) of `near_field`, given those of the output of the merged softmax.
+
+    Args:
+        dout: [B, K, G, S, D]; out [B, K, G, S, D] and lse [B, K, G, S] of the merged softmax, where lse = -inf (no
+            keys) or inf takes a row out.
+        q, k, v, scale, pairs, block, exact: as in `near_field`.
+    """
+    check_kernel_inputs(q.shape[-1], 1, q=q, k=k, v=v, out=out, dout=dout)
+    if out.stride() != dout.stride():  # cuDNN wants them alike
+        out, dout = out.contiguous(), dout.contiguous()
+    lse = lse.nan_to_num(nan=math.nan, posinf=NEVER, neginf=NEVER)
+    of_queries = [_heads(x) for x in (q, dout, out, lse[..., None])]
+    of_keys = [_heads(k), _heads(v)]
+    total: list[Tensor | None] = [None, None, None]
+    for run in find_runs(pairs, block, q.shape[3], k.shape[2]):
+        (q_rows, d_rows, out_rows, lse_rows), read = _fold(run, block, of_queries, of_keys)
+        grads = _exact(exact, q, run).backward(
+            d_rows, q_rows, *read, out_rows, lse_rows[..., 0], scale, run.diagonal)
+        for i, (grad, like) in enumerate(zip(grads, (q, k, v))):
+            total[i] = _add(total[i], _unfold(grad), (run.key if i else run.query) * block, like)
+    dq, dk, dv = (torch.zeros_like(like) if x is None else x.view(like.shape) for x, like in zip(total, (q, k, v)))
+    return dq, dk, dv
+
+
+def find_runs(pairs: Sequence[tuple[int, int, bool]], block: int, queries: int, keys: int) -> list[Run]:
+    """The runs that make up the pairs, the longest first; `queries` and `keys` are the tokens in all."""
+    runs: list[Run] = []
+    for i, j, diagonal in sorted(pairs, key=lambda pair: (pair[1] - pair[0], pair[2], pair[0])):
+        run = Run(i, j, 1, diagonal, min(block, queries - i * block), min(block, keys - j * block))
+        assert not diagonal or run.rows == run.keys, "a diagonal pair joins a block with itself"
+        last = runs[-1] if runs else None
+        if last and run == last._replace(query=last.query + last.blocks, key=last.key + last.blocks, blocks=1):
+            runs[-1] = last._replace(blocks=last.blocks + 1)
+        else:
+            runs.append(run)
+    return sorted(runs, key=lambda run: -run.blocks * run.rows)
+
+
+def _exact(exact: Exact | None, q: Tensor, run: Run) -> Exact:
+    return exact_kernels(q, math.gcd(run.rows, run.keys)) if exact is None else exact
+
+
+def _heads(x: Tensor) -> Tensor:
+    """[B, K, G, S, D] or [B, K, T, D] -> [heads, tokens, D], batch entries as more heads; a view where it can be."""
+    return x.flatten(0, -3)
+
+
+def _fold(run: Run, block: int, of_queries: list[Tensor], of_keys: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tokens of a run, from [heads, tokens, D]: [blocks, heads, rows, D] and [blocks, heads, keys, D], views."""
+
+    def fold(x: Tensor, first: int, size: int) -> Tensor:
+        return x[:, first * block:][:, :run.blocks * size].unflatten(1, (run.blocks, size)).transpose(0, 1)
+
+    return ([fold(x, run.query, run.rows) for x in of_queries], [fold(x, run.key, run.keys) for x in of_keys])
+
+
+def _unfold(x: Tensor) -> Tensor:
+    """[blocks, heads, size, ...] -> [heads, blocks * size, ...]; a view where the heads come first in memory."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _add(total: Tensor | None, part: Tensor, start: int, like: Tensor) -> Tensor:
+    """Add the gradient of some tokens [heads, size, D] to that of all tokens; the first that covers all is taken."""
+    if total is None:
+        if part.shape[1] == like.shape[-2]:
+            return part.contiguous()
+        total = torch.zeros_like(_heads(like), memory_format=torch.contiguous_format)
+    total[:, start:start + part.shape[1]] += part
+    return total
