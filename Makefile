@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 run: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node \
 		$(or $(RANKS),$$($(BIN)/python -c 'import torch; n = torch.cuda.device_count(); print(1 << n.bit_length() - 1 if n else 2)')) \
-		-m launch.train --config $(CONFIG)
+		-m launch.train --config $(CONFIG) --fresh
 
 test: lint
 	$(BIN)/python -m pytest

@@ -1,11 +1,11 @@
-"""The settings of a training run: one TOML file with the tables [model], [train], [data] and [muse]."""
+"""The settings of a training run: one TOML file with the tables [model], [train], [data], [log] and [muse]."""
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -18,12 +18,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+TABLES = ("model", "train", "data", "log", "muse")
 Table = TypeVar("Table")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the decoder, a Llama with tied embeddings."""
+    """The shape of the decoder, a Llama with tied embeddings.
+
+    `vocabulary` is the size of the embedding; 0 for as many tokens as the data has.
+    """
 
     layers: int = 4
     width: int = 128
@@ -31,9 +35,10 @@ class ModelConfig:
     kv_heads: int = 2
     mlp: int = 384
     rope_theta: float = 10_000.0
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self, layers=1, width=1, heads=1, kv_heads=1, mlp=1)
+        _at_least(self, layers=1, width=1, heads=1, kv_heads=1, mlp=1, vocabulary=0)
         if self.width % (2 * self.heads):
             raise ValueError(f"model.width={self.width} must be heads={self.heads} times an even head dim")
         if self.heads % self.kv_heads:
@@ -47,41 +52,94 @@ class TrainConfig:
     """How it is optimised: AdamW, linear warm-up, then a cosine to zero. `batch` is in sequences, `clip` a norm.
 
     `threads` are PyTorch's on the CPU, 0 for its own choice. Sums depend on their number: fix it to repeat a curve on
-    another machine. Small models gain little from more than one. `layout`: how ranks share a sequence.
+    another machine. Small models gain little from more than one.
+    `context_parallel` ranks share every sequence, as `layout` says; 0 for all ranks. `shard` splits weights, gradients
+    and optimizer state over all ranks (FSDP2), `recompute` keeps no activations inside layers, and `micro_batch`
+    sequences (0: all of them) go through the model at a time.
+    `attention` is "muse" or "exact"; the first `exact_first` of the steps (a fraction) use exact attention either way.
+    A step whose loss or gradient is no number, or whose loss lies `spike` nats above the median of the last 32 (0: no
+    such check), stops the run, or with `bad_step` = "skip" is left out, at most `max_skipped` in a row. A rank that
+    gets no further for `timeout` seconds prints what it is waiting for and ends.
+    `compare` runs the first steps on one rank too, and measures the trained weights with exact attention and with the
+    near field alone: a rank must then be able to read a whole sequence.
     """
 
     steps: int = 200
     batch: int = 2
+    micro_batch: int = 0
     lr: float = 2e-3
     warmup: int = 20
     weight_decay: float = 0.1
     clip: float = 1.0
+    optimizer: str = "adamw"
     seed: int = 0
     threads: int = 0
+    context_parallel: int = 0
     layout: str = "zigzag"
+    shard: bool = False
+    recompute: bool = False
+    attention: str = "muse"
+    exact_first: float = 0.0
+    bad_step: str = "stop"
+    spike: float = 0.0
+    max_skipped: int = 10
+    timeout: int = 600
+    compare: bool = False
 
     def __post_init__(self) -> None:
-        if self.layout not in get_args(LayoutName):
-            raise ValueError(f"train.layout={self.layout!r} must be one of {', '.join(get_args(LayoutName))}")
-        _at_least(self, steps=1, batch=1, warmup=0, seed=0, threads=0, weight_decay=0)
+        for name, allowed in (("layout", get_args(LayoutName)), ("optimizer", ("adamw", "apex")),
+                              ("attention", ("muse", "exact")), ("bad_step", ("stop", "skip"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"train.{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        _at_least(self, steps=1, batch=1, micro_batch=0, warmup=0, seed=0, threads=0, weight_decay=0,
+                  context_parallel=0, exact_first=0, spike=0, max_skipped=1, timeout=1)
         for name in ("lr", "clip"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be positive")
+        if self.compare and self.shard:
+            raise ValueError("train.compare=true reads with the whole model on one rank, which train.shard=true does "
+                             "not have; turn one of them off")
+        if self.exact_first > 1:
+            raise ValueError(f"train.exact_first={self.exact_first} is a fraction of the steps: at most 1")
+
+    @property
+    def exact_steps(self) -> int:
+        """How many steps at the start use exact attention."""
+        return self.steps if self.attention == "exact" else round(self.exact_first * self.steps)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text: sequences of `context` tokens; of the files in path order every `held_out_every`-th is held out.
+    """Which text: sequences of `context` tokens of a folder that `launch.data` wrote, `path`.
 
-    The table at the end is measured on `held_out_sequences` sequences of the held-out files.
+    Without a path it is the Python standard library's own sources, one token a byte; of the files in path order every
+    `held_out_every`-th is held out. The end of the run measures `held_out_sequences` sequences of held-out tokens.
     """
 
+    path: str = ""
     context: int = 2048
     held_out_every: int = 10
     held_out_sequences: int = 8
 
     def __post_init__(self) -> None:
         _at_least(self, context=2, held_out_every=2, held_out_sequences=1)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is kept of a run: a checkpoint every `checkpoint_every` steps, of which the last `keep` stay.
+
+    A checkpoint is also written when the run ends or is told to stop; 0 for these alone. Every `probe_every` steps (0:
+    never) `probe_layers` layers, spread evenly, say how far their attention is from the exact one.
+    """
+
+    checkpoint_every: int = 500
+    keep: int = 3
+    probe_every: int = 0
+    probe_layers: int = 3
+
+    def __post_init__(self) -> None:
+        _at_least(self, checkpoint_every=0, keep=1, probe_every=0, probe_layers=1)
 
 
 @dataclass(frozen=True)
@@ -92,28 +150,34 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     muse: MuseConfig = field(default_factory=MuseConfig)
 
     @classmethod
-    def from_toml(cls, path: str | Path, *, name: str | None = None, steps: int | None = None,
-                  seed: int | None = None) -> RunConfig:
-        """Read a file; what is given here overrides it. The name defaults to the file's own without its suffix.
+    def from_toml(
+        cls, path: str | Path, *, name: str | None = None, changes: Mapping[str, Any] | None = None
+    ) -> RunConfig:
+        """Read a file; `changes`, such as {"train.steps": 10}, override it. The name defaults to the file's own.
 
         Raises:
             ValueError or TypeError naming the key, for keys not known here and for values that cannot be.
         """
         with open(path, "rb") as file:
             tables = tomllib.load(file)
-        unknown = sorted(set(tables) - {"model", "train", "data", "muse"})
+        for key, value in (changes or {}).items():
+            table, _, entry = key.partition(".")
+            if not entry:
+                raise ValueError(f"{key!r} must name a table and a key, such as 'train.steps'")
+            tables.setdefault(table, {})[entry] = value
+        unknown = sorted(set(tables) - set(TABLES))
         if unknown:
-            raise ValueError(f"{path}: unknown table or key {unknown[0]!r}; known: [model], [train], [data], [muse]")
-        train = dict(tables.get("train", {}))
-        train.update({key: value for key, value in {"steps": steps, "seed": seed}.items() if value is not None})
-        return cls(name=Path(path).stem if name is None else name,
-                   model=from_mapping(ModelConfig, tables.get("model", {}), "model"),
-                   train=from_mapping(TrainConfig, train, "train"),
-                   data=from_mapping(DataConfig, tables.get("data", {}), "data"),
-                   muse=MuseConfig.from_dict(tables.get("muse", {})))
+            raise ValueError(f"{path}: unknown table or key {unknown[0]!r}; known: "
+                             + ", ".join(f"[{table}]" for table in TABLES))
+        kinds = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig, "log": LogConfig}
+        built: dict[str, Any] = {table: from_mapping(kind, tables.get(table, {}), table)  # type: ignore[type-var]
+                                 for table, kind in kinds.items()}
+        return cls(name=Path(path).stem if name is None else name, muse=MuseConfig.from_dict(tables.get("muse", {})),
+                   **built)
 
     @property
     def layout(self) -> LayoutName:
@@ -128,7 +192,7 @@ class RunConfig:
     def to_toml(self) -> str:
         """The text of a file that `from_toml` reads back as these settings."""
         lines = []
-        for table in ("model", "train", "data", "muse"):
+        for table in TABLES:
             # JSON writes integers, floats, booleans and plain strings as TOML does.
             values = dataclasses.asdict(getattr(self, table))
             lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items()), ""]
@@ -139,6 +203,23 @@ class RunConfig:
             raise ValueError(f"name={self.name!r} must be the name of a folder, without separators")
         if not self.muse.causal:
             raise ValueError("muse.causal=false: a decoder predicts the next token and must not see it")
+
+
+def parse_changes(words: Sequence[str]) -> dict[str, Any]:
+    """Words such as `train.lr=1e-3` or `muse.exchange=kv` as {"train.lr": 0.001, "muse.exchange": "kv"}.
+
+    Raises ValueError for a word without `=`. A value that TOML does not know is a string.
+    """
+    changes: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} must be KEY=VALUE, such as train.lr=1e-3")
+        try:
+            changes[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[key.strip()] = value
+    return changes
 
 
 def from_mapping(table: type[Table], values: Mapping[str, Any], where: str) -> Table:

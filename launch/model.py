@@ -1,6 +1,7 @@
 """The decoder of the training command: a Hugging Face Llama whose attention can be swapped while it lives."""
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,42 +9,67 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.config import RunConfig
-from launch.data import VOCABULARY
+from launch.corpus import VOCABULARY
 from launch.ranks import Ranks
-from muse_dist import ByteCounter, MuseConfig
+from muse_dist import ByteCounter
 from muse_dist.attention import near_only
 from muse_dist.huggingface import register
 from muse_dist.layout import Layout
 
-# What the report calls an attention, and its name in transformers' registry.
-ATTENTIONS = {"muse": "muse", "exact": "sdpa", "near": "muse_near"}
+# What the report calls an attention, and its name in transformers' registry. Ranks that share a sequence read it
+# exactly with "muse_exact", one rank alone with PyTorch's own.
+ATTENTIONS = {"muse": "muse", "exact": "sdpa", "near": "muse_near", "exact on ranks": "muse_exact"}
+LOGITS = 4096  # tokens whose logits exist at a time: those of a long context and a large vocabulary fill a GPU
+
+Losses = Callable[[Tensor, "Tensor | None"], Tensor]
 
 
-def register_attentions(config: MuseConfig, ranks: Ranks | None = None, counter: ByteCounter | None = None) -> None:
-    """Make "muse" and "muse_near", the same on one device and without its far field, known to transformers."""
-    if ranks is None or ranks.group is None:
-        register(config)
-    else:
-        register(config, group=ranks.group, layout=ranks.layout, counter=counter)
-    register(config, name="muse_near", function=near_only)
+def register_attentions(config: RunConfig, ranks: Ranks | None = None, counter: ByteCounter | None = None) -> None:
+    """Make the names of `ATTENTIONS` known to transformers; "muse_near" is always on one device."""
+    muse = config.muse
+    # All blocks in the halo: nothing is far, which is exact attention.
+    exact = dataclasses.replace(muse, halo=-(-config.data.context // muse.block), exchange="kv")
+    for name, settings in (("muse", muse), ("muse_exact", exact)):
+        if ranks is None or ranks.group is None:
+            register(settings, name)
+        else:
+            register(settings, name, group=ranks.group, layout=ranks.layout, counter=counter)
+    register(muse, name="muse_near", function=near_only)
 
 
 def build_model(
-    config: RunConfig, device: torch.device, ranks: Ranks | None = None, counter: ByteCounter | None = None
+    config: RunConfig, device: torch.device, ranks: Ranks | None = None, counter: ByteCounter | None = None,
+    vocabulary: int = VOCABULARY,
 ) -> LlamaForCausalLM:
-    """A Llama with random fp32 weights drawn from `train.seed`, reading its context with MuSe, shared by `ranks`."""
-    register_attentions(config.muse, ranks, counter)
+    """A Llama with random fp32 weights drawn from `train.seed`, reading its context with MuSe, shared by `ranks`.
+
+    Raises:
+        ValueError: `model.vocabulary` is smaller than the `vocabulary` of the data.
+    """
+    register_attentions(config, ranks, counter)
     shape = config.model
+    if shape.vocabulary and shape.vocabulary < vocabulary:
+        raise ValueError(f"model.vocabulary={shape.vocabulary} is less than the {vocabulary} tokens of the data; "
+                         "take at least that, or 0")
     torch.manual_seed(config.train.seed)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=shape.width, intermediate_size=shape.mlp, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary or vocabulary, hidden_size=shape.width, intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
         max_position_embeddings=config.data.context, tie_word_embeddings=True, use_cache=False,
+        bos_token_id=None, eos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta}, attn_implementation="muse"))
     return model.to(device)
+
+
+def recompute_activations(model: LlamaForCausalLM) -> None:
+    """Keep the inputs of layers only, and compute what is inside again in the backward."""
+    # The old name is deprecated where the new one exists.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 @contextmanager
@@ -57,13 +83,25 @@ def attention(model: LlamaForCausalLM, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def token_losses(model: nn.Module, sequences: Tensor, positions: Tensor | None = None) -> Tensor:
+class LossModel(nn.Module):
+    """`token_losses` as a module, for wrappers that must see the whole forward."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sequences: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Sequences int64 [B, n] -> losses fp32 [B, n - 1], or [B, S] for positions int64 [S]."""
+        return token_losses(self.model, sequences, positions).clone()  # FSDP warns of outputs that are views
+
+
+def token_losses(model: LlamaForCausalLM, sequences: Tensor, positions: Tensor | None = None) -> Tensor:
     """Loss of every token after the first in nats, fp32 [B, n - 1], for sequences int64 [B, n].
 
     With `positions` int64 [S], the places in the sequence that this rank reads, it is [B, S] for those.
     Computed in fp32 on the CPU and under bf16 autocast on a GPU.
     """
-    device = next(model.parameters()).device
+    device = model.device
     sequences = sequences.to(device)
     tokens, labels, options = sequences[:, :-1], sequences[:, 1:], {}
     if positions is not None:
@@ -71,28 +109,33 @@ def token_losses(model: nn.Module, sequences: Tensor, positions: Tensor | None =
         tokens, labels = tokens[:, positions], labels[:, positions]
         options = {"position_ids": positions.expand(len(sequences), -1)}
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        logits = model(tokens, **options).logits
-    return cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+        hidden = model.model(tokens, **options).last_hidden_state
+        if tokens.shape[1] <= LOGITS:
+            return _cross_entropy(model.lm_head, hidden, labels)
+        parts = zip(hidden.split(LOGITS, 1), labels.split(LOGITS, 1))
+        return torch.cat([checkpoint(_cross_entropy, model.lm_head, *part, use_reentrant=False) for part in parts], 1)
+
+
+def _cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Losses fp32 [B, n] for hidden [B, n, width] and labels int64 [B, n]."""
+    return cross_entropy(head(hidden).float().transpose(1, 2), labels, reduction="none")
 
 
 @torch.no_grad()
-def held_out_losses(model: LlamaForCausalLM, sequences: Tensor, split: Layout | None = None,
+def held_out_losses(losses: Losses, sequences: Tensor, split: Layout | None = None,
                     ranks: Ranks | None = None) -> Tensor:
-    """`token_losses` of whole sequences on the CPU, one at a time to bound memory; read by all `ranks` if given."""
+    """`losses` of whole sequences on the CPU, one at a time to bound memory; read by all `ranks` if given.
+
+    Args:
+        losses: a `LossModel` or the like.
+        sequences: int64 [count, n].
+    Returns:
+        fp32 [count, n - 1].
+    """
     if split is None or ranks is None:
-        return torch.cat([token_losses(model, sequence[None]).cpu() for sequence in sequences])
+        return torch.cat([losses(sequence[None], None).cpu() for sequence in sequences])
     positions = split.positions(ranks.rank)
-    return torch.cat([split.join(ranks.gather(token_losses(model, sequence[None], positions)), 1).cpu()
-                      for sequence in sequences])
-
-
-def make_optimizer(model: LlamaForCausalLM, config: RunConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only."""
-    weights = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return torch.optim.AdamW(
-        [{"params": weights, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.train.lr, betas=(0.9, 0.95), fused=True)
+    return torch.cat([split.join(ranks.gather(losses(sequence[None], positions)), 1).cpu() for sequence in sequences])
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int = 3) -> float:

@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,14 +14,17 @@ from torch import Tensor
 
 from muse_dist.layout import Layout, LayoutName
 
-TIMEOUT = timedelta(minutes=10)  # for an exchange; a rank that waits longer reports which one and stops
+TIMEOUT = 600  # seconds for an exchange; a rank that waits longer reports which one and stops
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks that share every sequence; the groups are None where there is one rank.
+    """This process among the `size` that share its sequences, and among all; the groups are None where there is one.
 
-    `gradients` is a group of its own, so that averages of gradients never mix with the exchanges of the attention.
+    `gradients` and `files` are groups of all ranks of their own, so that averages of gradients, and checkpoints that
+    are written meanwhile, never mix with the exchanges of the attention.
     """
 
     rank: int
@@ -29,45 +33,101 @@ class Ranks:
     layout: LayoutName
     group: dist.ProcessGroup | None = None
     gradients: dist.ProcessGroup | None = None
+    files: dist.ProcessGroup | None = None  # on CPUs
+    replica: int = 0  # which of the `replicas` sets of ranks, each of which reads other sequences
+    replicas: int = 1
+
+    @property
+    def world(self) -> int:
+        """All ranks of the run."""
+        return self.size * self.replicas
+
+    @property
+    def world_rank(self) -> int:
+        """This rank's place among all."""
+        return self.replica * self.size + self.rank
 
     @property
     def first(self) -> bool:
         """Whether this rank is the one that writes and prints."""
-        return self.rank == 0
+        return self.world_rank == 0
 
     def split(self, tokens: int, block: int) -> Layout:
         """Who reads which of the `tokens` tokens of a sequence; ValueError if they do not divide."""
         return Layout(self.layout, self.size, tokens, block)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum of a tensor over the ranks, in place."""
+        """Sum of a tensor over all ranks, in place."""
         if self.gradients is not None:
             dist.all_reduce(x, group=self.gradients)
         return x
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, of equal shapes."""
-        if self.gradients is None:
+        """The tensors of the ranks that share a sequence, of equal shapes."""
+        if self.group is None:
             return [x]
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.gradients)
+        dist.all_gather(parts, x.contiguous(), group=self.group)
         return parts
+
+    def collect(self, value: Any) -> list[Any]:
+        """One value from every rank, in rank order, on every rank. Not while a checkpoint is being written."""
+        if self.files is None:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self.files)
+        return found
+
+    def agree(self, problem: str | None) -> None:
+        """Raise ValueError on every rank if any has a problem, instead of leaving the others to wait for it."""
+        problems = [found for found in self.collect(problem) if found is not None]
+        if problems:
+            raise ValueError(problems[0])
+
+    def on_first(self, function: Callable[[], Value]) -> Value | None:
+        """What `function` returns on the first rank, None on the others; its ValueError or OSError is everyone's."""
+        value, problem = None, None
+        if self.first:
+            try:
+                value = function()
+            except (OSError, ValueError) as error:
+                problem = str(error)
+        self.agree(problem)
+        return value
 
 
 @contextmanager
-def join_ranks(device: torch.device, layout: LayoutName) -> Iterator[Ranks]:
-    """Join the processes that torchrun started: gloo on the CPU, NCCL on GPUs, one GPU a process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def join_ranks(
+    device: torch.device, layout: LayoutName, context_parallel: int = 0, timeout: int = TIMEOUT
+) -> Iterator[Ranks]:
+    """Join the processes that torchrun started: gloo on the CPU, NCCL on GPUs, one GPU a process.
+
+    Args:
+        context_parallel: ranks that share a sequence, neighbours of each other; 0 for all.
+        timeout: seconds for an exchange.
+    Raises:
+        ValueError: the processes are no multiple of `context_parallel`.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    size = context_parallel or world
+    if world % size:
+        raise ValueError(f"train.context_parallel={size} must divide the {world} processes that were started")
+    if world == 1:
         yield Ranks(0, 1, device, layout)
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    everyone = list(range(dist.get_world_size()))
-    groups = [dist.new_group(everyone, timeout=TIMEOUT) for _ in range(2)]
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device, layout, groups[0], groups[1])
+        rank = dist.get_rank()
+        gradients = dist.new_group(timeout=limit)
+        files = dist.new_group(backend="gloo", timeout=limit)
+        # Every process has to take part in the making of every group.
+        sharing = [dist.new_group(list(range(at, at + size)), timeout=limit) for at in range(0, world, size)]
+        group = sharing[rank // size] if size > 1 else None
+        yield Ranks(rank % size, size, device, layout, group, gradients, files, rank // size, world // size)
         dist.barrier()  # no rank may leave while another still reads from it
     finally:
         dist.destroy_process_group()

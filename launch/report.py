@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-LABELS = {"muse": "MuSe, as trained", "exact": "same weights, exact attention", "near": "same weights, near field only"}
+NAMES = {"muse": "MuSe", "exact": "exact attention", "near": "near field only"}
 COLOURS = {"muse": "tab:blue", "exact": "black", "near": "tab:orange"}
 
 
@@ -26,7 +26,7 @@ def table(results: dict[str, Any]) -> str:
     total = sum(history["seconds"])
     rate = train["steps"] * train["batch"] * data["context"] / total
     rows = [("", "loss", "far loss", "step")]
-    for name, label in LABELS.items():
+    for name, label in _labels(results).items():
         far = results["far_loss"][name]
         rows.append((label, f"{results['loss'][name]:.4f}", "-" if far is None else f"{far:.4f}",
                      f"{results['step_seconds'][name]:.3f} s"))
@@ -38,12 +38,21 @@ def table(results: dict[str, Any]) -> str:
         f"{results['parameters']:,} parameters, {train['steps']} steps of {train['batch']} x {data['context']} tokens "
         f"in {total:.0f} s: {total / train['steps']:.3f} s a step, {rate:,.0f} tokens/s on {results['ranks']} x "
         f"{results['device']}",
-        f"held-out text, {data['held_out_sequences']} sequences, nats a token (one byte each):", *(
+        f"held-out text, {data['held_out_sequences']} sequences, nats a token"
+        f"{'' if data['path'] else ' (one byte each)'}:", *(
             line.rstrip() for line in lines),
         f"far loss: tokens from position {results['near_reach']} on, which have a far field; "
         "step: forward and backward of one batch"
-        + (f", MuSe on {results['ranks']} ranks, the others on one" if results["ranks"] > 1 else ""),
+        + (f"; as trained on {results['ranks']} ranks" + (", the others on one" if len(results["loss"]) > 1 else "")
+           if results["ranks"] > 1 else ""),
         *_rank_lines(results)])
+
+
+def _labels(results: dict[str, Any]) -> dict[str, str]:
+    """What to call each attention that was measured."""
+    trained = results["config"]["train"]["attention"]
+    return {name: f"{text}, as trained" if name == trained else f"same weights, {text}"
+            for name, text in NAMES.items() if name in results["loss"]}
 
 
 def _rank_lines(results: dict[str, Any]) -> list[str]:
@@ -70,7 +79,8 @@ def plot_loss(results: dict[str, Any]) -> Figure:
     axes.plot(np.arange(1, len(loss) + 1), loss, color=COLOURS["muse"], alpha=0.3, label="every step")
     axes.plot(np.arange(window, len(loss) + 1), np.convolve(loss, np.ones(window) / window, "valid"),
               color=COLOURS["muse"], label=f"mean of {window} steps")
-    axes.axhline(results["loss"]["muse"], color="tab:green", linestyle="--", label="held-out text, at the end")
+    axes.axhline(results["loss"][results["config"]["train"]["attention"]], color="tab:green", linestyle="--",
+                 label="held-out text, at the end")
     axes.axhline(results["unigram_entropy"], color="grey", linestyle=":", label="unigram entropy")
     axes.legend()
     return figure
@@ -80,7 +90,7 @@ def plot_positions(results: dict[str, Any]) -> Figure:
     """Held-out loss by position in the context, averaged over ever longer stretches."""
     figure, axes = _axes("position in the context (tokens)", "loss (nats a token)",
                          f"{results['name']}: held-out loss by position")
-    for name, label in LABELS.items():
+    for name, label in _labels(results).items():
         centres, means = by_position(results["position_loss"][name])
         axes.plot(centres, means, color=COLOURS[name], marker=".", label=label)
     axes.axvline(results["near_reach"], color="grey", linestyle=":", label="the far field begins")

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from launch.config import DataConfig
-from launch.data import SEPARATOR, VOCABULARY, load_corpus
+from launch.corpus import SEPARATOR, VOCABULARY, load_corpus
 
 
 def load(folder: Path, texts: Sequence[Path]) -> tuple[PreTrainedModel, Callable[[int, int], Tensor]]:
@@ -48,7 +48,8 @@ def _token_stream(folder: Path, texts: Sequence[Path], vocabulary: int) -> np.nd
         raise ValueError(f"{folder} has no tokenizer, and its vocabulary of {vocabulary} is not the {VOCABULARY} of "
                          "byte-level models: save the tokenizer beside the model")
     if not texts:
-        return load_corpus(DataConfig()).held_out
+        held_out = load_corpus(DataConfig()).held_out
+        return held_out.read(0, len(held_out))
     return np.concatenate([np.append(np.frombuffer(path.read_bytes(), np.uint8), np.uint16(SEPARATOR))
                            for path in texts])
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from launch.ablations import ablated, ladder
-from launch.data import SEPARATOR, VOCABULARY
+from launch.corpus import SEPARATOR, VOCABULARY
 from launch.evaluate import chosen_variants, evaluate, exact_attention, load, main
 from muse_dist import MuseConfig, muse_attention
 from muse_dist.attention import near_only

@@ -141,7 +141,7 @@ def test_make_installs_once_and_again_when_the_requirements_change(tmp_path):
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / ".installed").touch()
     run = plan(tmp_path, "run")
-    assert run.strip().endswith("-m launch.train --config configs/tiny.toml") and "pip install" not in run
+    assert run.strip().endswith("-m launch.train --config configs/tiny.toml --fresh") and "pip install" not in run
     test = plan(tmp_path, "test")
     assert "ruff check" in test and "mypy" in test and "-m pytest" in test and "pip install" not in test
     later = (tmp_path / ".venv" / ".installed").stat().st_mtime + 10

@@ -4,39 +4,37 @@ import json
 import re
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaForCausalLM
 
 from launch import train as command
-from launch.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from launch.data import SEPARATOR, Corpus, load_corpus
+from launch.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig, parse_changes
+from launch.corpus import SEPARATOR, ArrayTokens, Corpus, load_corpus, permuted
+from launch.engine import TorchEngine
 from launch.model import attention, build_model, held_out_losses, register_attentions, token_losses
-from launch.monitor import Monitor
+from launch.monitor import Monitor, Silent
+from launch.optimizer import learning_rate
+from launch.ranks import Ranks
 from launch.report import by_position, table
+from launch.trainer import Trainer
 from muse_dist import MuseConfig
 
 CPU = torch.device("cpu")
 TINY = Path(__file__).parents[1] / "configs" / "tiny.toml"
 MUSE = MuseConfig(block=32, leaf=8, group=16, anchors=2, remote_leaf=8, opened=2)
 SMALL = RunConfig(name="small", model=ModelConfig(layers=1, width=32, heads=2, kv_heads=1, mlp=64),
-                  train=TrainConfig(steps=6, batch=2, warmup=2, lr=5e-3, threads=1),
-                  data=DataConfig(context=128, held_out_sequences=4), muse=MUSE)
-
-
-class Quiet:
-    """A monitor that only remembers."""
-
-    def __init__(self):
-        self.losses = []
-
-    def step(self, step, metrics):
-        self.losses.append(metrics["loss"])
+                  train=TrainConfig(steps=6, batch=2, warmup=2, lr=5e-3, threads=1, compare=True),
+                  data=DataConfig(context=128, held_out_sequences=4), log=LogConfig(checkpoint_every=2), muse=MUSE)
+ALONE = Ranks(0, 1, CPU, "zigzag")
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +48,16 @@ def changed(config=SMALL, **tables):
         name: dataclasses.replace(getattr(config, name), **values) for name, values in tables.items()})
 
 
-def trained(config, corpus, name="muse"):
-    model = build_model(config, CPU)
-    with attention(model, name):
-        command.train(model, corpus, config, monitor := Quiet())
-    return model.eval(), monitor.losses
+def trained(config, corpus):
+    """The model, and the loss of every step."""
+    rows = []
+    engine = TorchEngine(config, ALONE, corpus.vocabulary)
+    Trainer(engine, corpus, config, ALONE, Silent(rows)).run()
+    return engine.model.eval(), [row["loss"] for row in rows]
+
+
+def losses_on(model, sequences):
+    return held_out_losses(partial(token_losses, model), sequences)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -70,7 +73,7 @@ def test_the_tiny_config_has_a_far_field_and_small_cost():
 def test_settings_survive_writing_and_overrides_win(tmp_path):
     (tmp_path / "x.toml").write_text(SMALL.to_toml())
     assert RunConfig.from_toml(tmp_path / "x.toml", name="small") == SMALL
-    other = RunConfig.from_toml(tmp_path / "x.toml", steps=99, seed=7)
+    other = RunConfig.from_toml(tmp_path / "x.toml", changes={"train.steps": 99, "train.seed": 7})
     assert (other.name, other.train.steps, other.train.seed, other.muse) == ("x", 99, 7, MUSE)
 
 
@@ -85,6 +88,10 @@ def test_settings_survive_writing_and_overrides_win(tmp_path):
     ("[model]\nheads = 3", ValueError, "model.width=128 must be heads=3 times an even head dim"),
     ("[model]\nheads = 4\nkv_heads = 3", ValueError, "model.kv_heads=3 must divide heads=4"),
     ("[data]\nheld_out_every = 1", ValueError, "data.held_out_every=1 must be at least 2"),
+    ("[train]\noptimizer = 'sgd'", ValueError, "train.optimizer='sgd' must be one of adamw, apex"),
+    ("[train]\nexact_first = 1.5", ValueError, "train.exact_first=1.5 is a fraction"),
+    ("[train]\ncompare = true\nshard = true", ValueError, "train.compare=true.*train.shard=true"),
+    ("[log]\nkeep = 0", ValueError, "log.keep=0 must be at least 1"),
     ("[muse]\nblok = 64", ValueError, "'blok'.*did you mean 'block'"),
     ("[muse]\ncausal = false", ValueError, "muse.causal=false"),
 ])
@@ -92,6 +99,22 @@ def test_settings_that_cannot_be_are_refused(tmp_path, text, error, message):
     (tmp_path / "x.toml").write_text(text)
     with pytest.raises(error, match=message):
         RunConfig.from_toml(tmp_path / "x.toml")
+
+
+def test_changes_from_the_command_line():
+    assert parse_changes(["train.lr=1e-3", "muse.exchange=kv", "train.shard=true", "data.path='a b'"]) == {
+        "train.lr": 1e-3, "muse.exchange": "kv", "train.shard": True, "data.path": "a b"}
+    with pytest.raises(ValueError, match="'lr' must be KEY=VALUE"):
+        parse_changes(["lr"])
+
+
+def test_every_config_is_read_and_fits_its_ranks():
+    found = {path.stem: RunConfig.from_toml(path) for path in TINY.parent.glob("*.toml")}
+    assert set(found) == {"tiny", "30m", "125m", "350m", "1b", "8b"}
+    for config in found.values():
+        ranks = 8 if config.name == "8b" else 2
+        assert config.data.context % (2 * ranks * config.muse.block) == 0
+        assert config.near_reach < config.data.context
 
 
 @pytest.mark.parametrize("name", ["", "a/b", ".."])
@@ -115,8 +138,9 @@ def test_every_nth_file_is_held_out_and_files_are_whole(tmp_path):
     (tmp_path / "notes.txt").write_text("left out")
     found = load_corpus(DataConfig(context=4, held_out_every=3), tmp_path)
     files = [[i] * size + [SEPARATOR] for i, size in enumerate([5, 6, 7, 8, 9, 10])]
-    assert found.held_out.tolist() == files[2] + files[5]
-    assert found.train.tolist() == files[0] + files[1] + files[3] + files[4]
+    assert found.held_out.array.tolist() == files[2] + files[5]
+    assert found.train.array.tolist() == files[0] + files[1] + files[3] + files[4]
+    assert [found.train.document(at) for at in (0, 5, 6, 13, 14)] == [(0, 0), (0, 5), (1, 0), (2, 0), (2, 1)]
 
 
 def test_too_little_text_is_refused(tmp_path):
@@ -124,31 +148,50 @@ def test_too_little_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"6 tokens for held_out.*data.context=20.*smaller context"):
         load_corpus(DataConfig(context=20, held_out_every=2), tmp_path)
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="0 tokens for train in 0 Python files"):
+    with pytest.raises(ValueError, match="0 tokens for train"):
         load_corpus(DataConfig(context=20), tmp_path / "none")
 
 
-def test_sequences_are_cuts_of_the_right_stream():
-    stream = np.arange(100, dtype=np.uint16)
-    found = Corpus(stream, stream + 100, context=10)
-    drawn = found.sequences(200, torch.Generator().manual_seed(0))
-    assert drawn.shape == (200, 11) and drawn.dtype == torch.int64
-    assert (drawn.diff(dim=1) == 1).all()
-    assert drawn.min() == 0 and drawn.max() == 99, "the ends of the stream are never drawn"
-    assert torch.equal(drawn, found.sequences(200, torch.Generator().manual_seed(0)))
+def stream(tokens):
+    return ArrayTokens(np.arange(tokens, dtype=np.uint16), np.array([0]))
+
+
+def test_an_epoch_reads_every_window_once_and_the_next_one_in_another_order():
+    found = Corpus(stream(1000), ArrayTokens(np.arange(100) + 1000, np.array([0])), context=10)
+    assert found.windows == 99
+    epochs = [found.sequences(at, 99, seed=3) for at in (0, 99)]
+    for epoch in epochs:
+        assert epoch.shape == (99, 11) and epoch.dtype == torch.int64
+        assert (epoch.diff(dim=1) == 1).all(), "sequences are cuts of the stream"
+        starts = epoch[:, 0].sort().values
+        assert (starts.diff() == 10).all() and starts[0] < 10, "no token is lost or repeated in an epoch"
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[0], found.sequences(0, 99, seed=4))
+    assert torch.equal(found.sequences(50, 7, seed=3), epochs[0][50:57]), "any place can be read without those before"
     held_out = found.held_out_sequences(3)
-    assert held_out[:, 0].tolist() == [100, 144, 189] and (held_out.diff(dim=1) == 1).all()
-    assert found.held_out_sequences(1)[0, 0] == 100
+    assert held_out[:, 0].tolist() == [1000, 1044, 1089] and (held_out.diff(dim=1) == 1).all()
+    assert found.held_out_sequences(1)[0, 0] == 1000
+
+
+@given(count=st.integers(1, 300), seed=st.integers(0, 5), epoch=st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_a_permutation_meets_every_place_once(count, seed, epoch):
+    assert sorted(permuted(place, count, seed, epoch) for place in range(count)) == list(range(count))
+
+
+def test_the_permutation_is_what_it_was():
+    """Checkpoints hold a position in it: a change would lose and repeat tokens."""
+    assert [permuted(place, 1000, 0, 0) for place in range(6)] == [607, 396, 417, 678, 484, 231]
 
 
 def test_entropy_of_known_frequencies():
-    found = Corpus(np.zeros(9, np.uint16), np.array([1, 1, 2, 3], np.uint16), context=2)
+    found = Corpus(stream(9), ArrayTokens(np.array([1, 1, 2, 3], np.uint16), np.array([0])), context=2)
     assert found.held_out_entropy() == pytest.approx(1.5 * np.log(2))
 
 
 def test_the_standard_library_is_enough(corpus):
     assert len(corpus.train) > 2_000_000 and len(corpus.held_out) > 200_000
-    assert corpus.train.max() == SEPARATOR
+    assert corpus.train.array.max() == SEPARATOR
     assert 2.5 < corpus.held_out_entropy() < 4.0
 
 
@@ -163,7 +206,7 @@ def test_attentions_differ_exactly_where_there_is_a_far_field(corpus):
     losses = {}
     for name in ("muse", "exact", "near"):
         with attention(model, name):
-            losses[name] = held_out_losses(model, sequences)
+            losses[name] = losses_on(model, sequences)
     assert model.config._attn_implementation == "muse"
     reach = SMALL.near_reach
     for name in ("muse", "near"):
@@ -186,22 +229,44 @@ def test_same_seed_same_curve(corpus):
 
 
 def test_it_trains_with_muse_and_not_with_something_else(corpus):
-    curves = {name: trained(SMALL, corpus, name)[1] for name in ("muse", "exact", "near")}
-    assert curves["muse"] != curves["exact"] and curves["muse"] != curves["near"]
-    assert curves["muse"] == pytest.approx(curves["exact"], rel=1e-3)
+    muse, exact = (trained(changed(train={"attention": name}), corpus)[1] for name in ("muse", "exact"))
+    assert muse != exact and muse == pytest.approx(exact, rel=1e-3)
     whole = changed(muse={"block": 128})  # one block: MuSe is exact attention
-    assert trained(whole, corpus)[1] == pytest.approx(trained(whole, corpus, "exact")[1], rel=1e-5)
+    assert trained(whole, corpus)[1] == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_first_steps_use_exact_attention_if_asked(corpus):
+    half, exact = (trained(changed(train=settings), corpus)[1] for settings in (
+        {"exact_first": 0.5}, {"attention": "exact"}))
+    assert half[:3] == exact[:3] and half[3] != exact[3]
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [learning_rate(TrainConfig(steps=10, warmup=4, lr=2.0), step) for step in range(1, 11)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert all(a > b > 0 for a, b in zip(rates[3:], rates[4:]))
+    assert rates[7] == pytest.approx(1 + np.cos(np.pi * 4 / 7))
+    assert learning_rate(TrainConfig(steps=3, warmup=0, lr=2.0), 1) == 2.0
+
+
+def test_sequences_in_pieces_learn_the_same(corpus):
+    whole, pieces = (trained(changed(train={"batch": 4, "micro_batch": size}), corpus)[1] for size in (0, 1))
+    assert pieces == pytest.approx(whole, rel=1e-5)
+
+
+def test_recomputed_activations_change_nothing(corpus):
+    assert trained(changed(train={"recompute": True}), corpus)[1] == trained(SMALL, corpus)[1]
 
 
 def test_it_learns_more_than_the_frequencies_of_bytes(corpus):
     config = changed(train={"steps": 80, "batch": 16, "warmup": 5, "lr": 1e-2})
     model, curve = trained(config, corpus)
     assert curve[0] > 5.0
-    assert held_out_losses(model, corpus.held_out_sequences(32)).mean() < corpus.held_out_entropy() - 0.4
+    assert losses_on(model, corpus.held_out_sequences(32)).mean() < corpus.held_out_entropy() - 0.4
 
 
 def test_a_loss_that_is_no_number_stops_the_run(corpus):
-    with pytest.raises(FloatingPointError, match=r"the loss of step \d+ is (nan|inf).*train.lr"):
+    with pytest.raises(FloatingPointError, match=r"step \d+ is bad: the (loss|gradient's norm) is (nan|inf).*train.lr"):
         trained(changed(train={"lr": 1e30, "steps": 20, "warmup": 0}), corpus)
 
 
@@ -226,8 +291,9 @@ def run(tmp_path_factory):
         patch.setattr("builtins.print", lambda *values, **_: lines.append(" ".join(map(str, values))))
         arguments = ["--config", str(out / "small.toml"), "--out", str(out), "--name", "named", "--steps", "5",
                      "--device", "cpu"]
-        command.main(arguments)
-        command.main(arguments)  # replaces the first
+        assert command.main(arguments) == 0
+        assert command.main(arguments) == 0  # nothing is left to do
+        assert command.main([*arguments, "--fresh"]) == 0  # replaces the first
     return out / "named", "\n".join(lines)
 
 
@@ -253,6 +319,7 @@ def test_the_command_leaves_its_results(run):
 def test_plain_lines_where_stdout_is_no_terminal(run):
     lines = [line for line in run[1].splitlines() if line.startswith("step ")]
     assert len(lines) == 2 * 5
+    assert "is finished after 5 steps. --steps takes more, --fresh starts again" in run[1]
     assert all(re.fullmatch(r"step \d/5  loss \d\.\d{3}  [\d,]+ tokens/s  \d\d:\d\d left", line) for line in lines)
 
 
@@ -270,16 +337,16 @@ def test_the_events_hold_every_step_of_the_last_run_only(run):
 def test_the_saved_model_has_the_reported_loss(run, corpus):
     folder, _ = run
     assert (folder / "model" / "model.safetensors").exists()
-    register_attentions(MUSE)
+    register_attentions(SMALL)
     model = LlamaForCausalLM.from_pretrained(folder / "model", attn_implementation="muse").eval()
-    loss = held_out_losses(model, corpus.held_out_sequences(SMALL.data.held_out_sequences)).mean().item()
+    loss = losses_on(model, corpus.held_out_sequences(SMALL.data.held_out_sequences)).mean().item()
     assert loss == pytest.approx(json.loads((folder / "results.json").read_text())["loss"]["muse"], rel=1e-5)
 
 
 def test_a_table_without_a_far_field(run):
     results = json.loads((run[0] / "results.json").read_text())
     results["far_loss"] = dict.fromkeys(results["far_loss"])
-    assert re.search(r"exact attention +\d\.\d{4} +- +\d\.\d{3} s", table(results))
+    assert re.search(r"same weights, exact attention +\d\.\d{4} +- +\d\.\d{3} s", table(results))
 
 
 @pytest.mark.parametrize("length", [2, 3, 100, 2048])

@@ -19,6 +19,7 @@ steps = 5
 warmup = 1
 batch = 2
 threads = 1
+compare = true
 layout = "{layout}"
 [data]
 context = 256

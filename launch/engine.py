@@ -1,0 +1,146 @@
+"""What runs the steps: the model spread over the ranks, its gradients and its optimizer, behind a few methods."""
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
+
+from launch.config import RunConfig
+from launch.model import ATTENTIONS, LossModel, build_model, recompute_activations
+from launch.optimizer import allocate_state, make_optimizer, set_rate, set_steps
+from launch.ranks import Ranks
+from launch.timing import Stopwatch
+from muse_dist import ByteCounter
+
+
+class TorchEngine:
+    """PyTorch's own: DistributedDataParallel, or FSDP2 with `train.shard`.
+
+    Args:
+        config: the run.
+        ranks: who shares the sequences and the work.
+        vocabulary: of the data.
+        counter: counts what the attention receives.
+    Raises:
+        ValueError: settings that do not fit the ranks or each other.
+    """
+
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, vocabulary: int, counter: ByteCounter | None = None
+    ) -> None:
+        self.config, self.ranks = config, ranks
+        if config.train.batch % ranks.replicas:
+            raise ValueError(f"train.batch={config.train.batch} must be a multiple of the {ranks.replicas} sets of "
+                             "ranks, which each read their own sequences")
+        self.positions: Tensor | None = None
+        if ranks.size > 1:
+            self.positions = ranks.split(config.data.context, config.muse.block).positions(ranks.rank)
+        self.model: LlamaForCausalLM = build_model(config, ranks.device, ranks, counter, vocabulary)
+        self.parameters = self.model.num_parameters()
+        if config.train.recompute:
+            recompute_activations(self.model)
+        self.module = self._wrapped(LossModel(self.model))
+        self.optimizer = make_optimizer(self.model, config.train)
+        self.updates = 0
+
+    def _wrapped(self, losses: LossModel) -> nn.Module:
+        if self.config.train.shard:
+            return self._sharded(losses)
+        if self.ranks.gradients is None:
+            return losses
+        return DistributedDataParallel(losses, process_group=self.ranks.gradients)
+
+    def _sharded(self, losses: LossModel) -> nn.Module:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        if self.ranks.gradients is None:
+            raise ValueError("train.shard=true splits the weights over ranks, and there is one; start it with torchrun")
+        kind = self.ranks.device.type
+        mesh = DeviceMesh.from_group(self.ranks.gradients, kind)
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if kind == "cuda" else MixedPrecisionPolicy()
+        for layer in losses.model.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(losses, mesh=mesh, mp_policy=policy)
+        return losses
+
+    def read_with(self, attention: str) -> None:
+        """Use "muse" or "exact" attention from now on."""
+        name = "exact on ranks" if attention == "exact" and self.ranks.size > 1 else attention
+        if self.model.config._attn_implementation != ATTENTIONS[name]:
+            self.model.set_attn_implementation(ATTENTIONS[name])
+
+    def gradients(self, sequences: Tensor, watch: Stopwatch) -> Tensor:
+        """Add up the gradients of this rank's sequences int64 [B, n]. Returns its share of the loss, a 0-d tensor."""
+        settings = self.config.train
+        count = settings.batch * self.config.data.context
+        parts = sequences.split(settings.micro_batch or len(sequences))
+        total = torch.zeros((), device=self.ranks.device)
+        self.module.train()
+        for i, part in enumerate(parts):
+            with self._exchanging(i == len(parts) - 1):
+                with watch("forward"):
+                    share = self.module(part, self.positions).sum() / count
+                with watch("backward"):
+                    (share * self.ranks.world).backward()  # gradients are averaged over the ranks, shares added
+            total += share.detach()
+        return total
+
+    def _exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """Ranks exchange gradients in the last backward of a step only."""
+        if isinstance(self.module, DistributedDataParallel):
+            return nullcontext() if last else self.module.no_sync()
+        if self.config.train.shard:
+            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+        return nullcontext()
+
+    def clip(self) -> Tensor:
+        """Scale the gradients to a norm of at most `train.clip`. Returns the norm they had, a 0-d tensor."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def update(self, rate: float) -> None:
+        """Take the step with this learning rate."""
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.updates += 1
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and what the optimizer keeps of them, by names that do not depend on the ranks."""
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            found[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"optimizer.{name}.{key}"] = value
+        return found
+
+    def allocate(self) -> dict[str, Tensor]:
+        """`tensors` of an optimizer that has taken no step yet, to be overwritten."""
+        allocate_state(self.optimizer)
+        return self.tensors()
+
+    def go_on(self, updates: int) -> None:
+        """Continue where the weights had changed so many times."""
+        set_steps(self.optimizer, updates)
+        self.updates = updates
+
+    def save_model(self, folder: Any) -> None:
+        """Write the whole model as transformers reads it. All ranks call; one writes."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        if not self.config.train.shard:
+            if self.ranks.first:
+                self.model.save_pretrained(folder)
+            return
+        whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if self.ranks.first:
+            self.model.save_pretrained(folder, state_dict=whole)

@@ -1,0 +1,79 @@
+"""Optimizers and the learning rate: PyTorch's fused AdamW, or FusedAdam of NVIDIA's apex where that is installed."""
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from launch.config import TrainConfig
+
+BETAS = (0.9, 0.95)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config` names; weight decay on matrices only.
+
+    Raises:
+        ValueError: apex is asked for and its fused kernels are not there, or cannot be used.
+    """
+    weights = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
+    if config.shard:
+        raise ValueError("train.optimizer='apex' does not know sharded weights (train.shard=true); take 'adamw'")
+    if any(p.device.type != "cuda" for p in model.parameters()):
+        raise ValueError("train.optimizer='apex' needs a GPU; take 'adamw'")
+    return fused_adam()(groups, lr=config.lr, betas=BETAS, adam_w_mode=True)
+
+
+def fused_adam() -> Any:
+    """FusedAdam of NVIDIA's apex, which is known by its compiled module `amp_C`: the registry's `apex` has none.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if importlib.util.find_spec("amp_C") is None:
+        there = importlib.util.find_spec("apex") is not None
+        raise ValueError("train.optimizer='apex': " + (
+            "the apex that is installed is not NVIDIA's, or was built without its CUDA extensions (no module amp_C). "
+            "pip's apex is another project: uninstall it and build " if there else "apex is not installed: build ")
+            + "https://github.com/NVIDIA/apex with --cpp_ext --cuda_ext, or take 'adamw'")
+    return importlib.import_module("apex.optimizers").FusedAdam
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step 1, 2, ...: linear warm-up, then a cosine that would reach zero after the last step."""
+    if step < config.warmup:
+        return config.lr * step / config.warmup
+    start = max(config.warmup, 1)
+    progress = min((step - start) / (config.steps - start + 1), 1.0) if config.steps >= start else 0.0
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer make what it keeps of every parameter, by a step of size zero, for a checkpoint to fill."""
+    set_rate(optimizer, 0.0)  # every step sets its own
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def set_steps(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Tell an optimizer that counts its steps by group, as apex does, how many there were."""
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = updates
