@@ -1,0 +1,123 @@
+"""launch.bench step: training steps of a Llama under DeepSpeed, one attention after the other, on the same GPUs.
+
+    python -m launch.bench step --tokens 65536 --model 1b --stage 1
+
+Each attention trains in processes of its own, one a GPU, which share every sequence: one that runs out of memory or
+hangs is a row that says so, and the next starts afresh. Everything else is the same for all: weights, sequences,
+DeepSpeed's engine, loss, activation checkpointing.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.step_row import ATTENTIONS, EXACT, MODELS, deepspeed_config
+from launch.train import pick_device
+from muse_dist.deepspeed_section import read_config
+from muse_dist.layout import Layout
+
+SAME_LOSS = 0.01  # nats between the first losses of exact attentions in bf16, which differ by rounding alone
+
+
+def add_command(commands: Any) -> None:
+    """Add `step` to the benchmarks of `launch.bench`; its options carry `run`, the function to call with them."""
+    command = commands.add_parser("step", help="training steps under DeepSpeed, MuSe and its exact rivals",
+                                  description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--tokens", type=int, default=65536, help="of a sequence (default: %(default)s)")
+    command.add_argument("--model", choices=MODELS, default="1b", help="shape, random weights (default: %(default)s)")
+    command.add_argument("--ranks", type=int, help="that share a sequence; one a GPU by default, 2 on the CPU")
+    command.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="of ZeRO (default: %(default)s)")
+    command.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS), metavar="NAME",
+                         help=f"of {', '.join(ATTENTIONS)} (default: all)")
+    command.add_argument("--preset", default="fast", help="of MuseConfig (default: %(default)s)")
+    command.add_argument("--muse", type=json.loads, default={}, metavar="JSON",
+                         help='fields of MuseConfig that differ from the preset, as in \'{"block": 1024}\'')
+    command.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True,
+                         help="activation checkpointing of every layer")
+    command.add_argument("--warmup", type=int, default=2, help="steps that are not timed (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=5, help="timed steps; the median counts (default: %(default)s)")
+    command.add_argument("--limit", type=float, default=600.0, metavar="SECONDS", help="for one attention")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--json", type=Path, metavar="FILE", help="append a JSON line a row to this file")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure a row an attention and print the table. ValueError for options that cannot be."""
+    device = pick_device(options.device)
+    for name in ("warmup", "steps", "tokens"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)}: must be at least 1")
+    ranks = options.ranks or (torch.cuda.device_count() if device.type == "cuda" else 2)
+    jobs = [make_job(options, name, ranks, device.type) for name in options.attention]
+    for job in jobs:  # what cannot be is said before anything runs
+        section, _ = read_config(deepspeed_config(job))
+        Layout(section.layout, ranks, options.tokens, section.muse.block)
+    rows = []
+    for job in jobs:
+        rows.append(measure(job, options.limit))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        if options.json is not None:
+            with options.json.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    print(step_table(rows))
+
+
+def make_job(options: argparse.Namespace, attention: str, ranks: int, device: str) -> dict[str, Any]:
+    """What the processes of a row are told."""
+    keys = ("tokens", "model", "stage", "preset", "muse", "recompute", "warmup", "steps")
+    return {"attention": attention, "ranks": ranks, "device": device, "timeout_seconds": options.limit / 2,
+            **{key: getattr(options, key) for key in keys}}
+
+
+def measure(job: dict[str, Any], limit: float) -> dict[str, Any]:
+    """One row: what the first of the processes reports, or what went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        row, log = Path(folder, "row.json"), Path(folder, "log")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job["ranks"]), "-m",
+                   "launch.step_row", json.dumps(job), str(row)]
+        with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+            try:
+                status = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # torchrun ends its processes
+                status = None
+        if status == 0 and row.exists():
+            return {**job, **json.loads(row.read_text())}
+        text = log.read_text()
+    late = [f"not done in {limit:g} s"] if status is None else []
+    return {**job, "error": "; ".join([*late, _last_error(text)])}
+
+
+def _last_error(log: str) -> str:
+    """The line of a log that names the first exception, without torchrun's own report of it."""
+    lines = [line.split("]:", 1)[-1].strip() for line in log.splitlines()]
+    errors = [line for line in lines if line.split(":")[0].split(".")[-1].endswith(("Error", "Exception"))]
+    return errors[0][:300] if errors else (lines[-1][:300] if lines else "no output")
+
+
+def step_table(rows: list[dict[str, Any]]) -> str:
+    """Rows as text, with tokens/s relative to the fastest exact attention whose first loss agrees with another's."""
+    exact = [row for row in rows if row["attention"] in EXACT and "error" not in row]
+    wrong = exact and max(row["loss"] for row in exact) - min(row["loss"] for row in exact) > SAME_LOSS
+    best = max((row["tokens_per_second"] for row in exact), default=None)
+    lines = [f"{'attention':<16}{'step s':>9}{'spread':>17}{'tokens/s':>12}{'GiB':>8}{'first loss':>12}{'speed-up':>10}"]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"{row['attention']:<16}{row['error']}")
+            continue
+        gain = "-" if wrong or best is None else f"{row['tokens_per_second'] / best:.2f}x"
+        memory = "-" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
+        lines.append(f"{row['attention']:<16}{row['step_seconds']:>9.3f}{min(row['seconds']):>9.3f}"
+                     f"{max(row['seconds']):>8.3f}{row['tokens_per_second']:>12,.0f}{memory:>8}{row['loss']:>12.4f}"
+                     f"{gain:>10}")
+    if wrong:
+        lines.append(f"the first losses of the exact attentions differ by more than {SAME_LOSS} nats: no speed-up")
+    return "\n".join(lines)

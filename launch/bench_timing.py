@@ -1,0 +1,137 @@
+"""Times and peak memory of a forward and a backward: CUDA events on a GPU, the host's clock on a CPU."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from launch.ranks import Ranks
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+LEAST, MOST = 3, 100  # repetitions of a measurement
+CACHE_BYTES = 256 << 20  # more than any GPU's L2 cache holds
+
+
+class Spread(NamedTuple):
+    """Seconds: the median, the 10th and the 90th percentile of `repeats` runs."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+
+class Times(NamedTuple):
+    """Of one attention; `both` is the sum of a forward and its backward, repetition by repetition."""
+
+    forward: Spread
+    backward: Spread
+    both: Spread
+
+
+def spread(seconds: Sequence[float]) -> Spread:
+    """Percentiles of repeated measurements."""
+    values = torch.tensor(seconds, dtype=torch.float64)
+    low, median, high = values.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+    return Spread(median, low, high, len(seconds))
+
+
+def step(function: Attention, leaves: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
+    """Output and gradients of q, k and v, given the output's gradient."""
+    q, k, v = leaves
+    out = function(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, list(leaves), dout)]
+
+
+def measure(
+    function: Attention, leaves: Sequence[Tensor], dout: Tensor, ranks: Ranks, seconds: float
+) -> tuple[Times, int | None]:
+    """Times and peak memory of an attention that has run before, so that nothing is compiled any more.
+
+    Args:
+        leaves: q, k and v of this rank, which require gradients; dout: the output's gradient.
+        seconds: when to stop repeating, after three repetitions at least.
+    Returns:
+        Times, those of the slowest rank, and the largest peak of allocated bytes of any rank, with q, k, v and dout:
+        None on a CPU.
+    """
+    peak, estimate = _peak_bytes(function, leaves, dout, ranks)
+    count = min(max(int(seconds / estimate), LEAST), MOST)
+    pairs = timed(lambda: _marks(function, leaves, dout, ranks), ranks, count)
+    forward, backward = zip(*pairs)
+    return Times(spread(forward), spread(backward), spread([sum(pair) for pair in pairs])), peak
+
+
+def timed(run: Callable[[], Sequence[torch.cuda.Event | float]], ranks: Ranks, count: int) -> list[list[float]]:
+    """Seconds between the marks that `run` returns, a list for each of `count` runs, each the slowest rank's.
+
+    The ranks begin every run together, with caches that hold other data. The host may run ahead of the GPU, as in
+    training.
+    """
+    cuda = ranks.device.type == "cuda"
+    other = torch.empty(CACHE_BYTES if cuda else 0, dtype=torch.uint8, device=ranks.device)
+    together = torch.zeros(1, device=ranks.device)
+    marks = []
+    for _ in range(count):
+        other.zero_()
+        ranks.sum(together)
+        marks.append(run())
+    if cuda:
+        torch.cuda.synchronize(ranks.device)
+    seconds = torch.tensor([[_between(a, b) for a, b in zip(row, row[1:])] for row in marks], dtype=torch.float64)
+    return slowest(seconds, ranks).tolist()  # type: ignore[no-any-return]
+
+
+def slowest(seconds: Tensor, ranks: Ranks) -> Tensor:
+    """The largest of all ranks' values, element by element."""
+    return torch.stack(ranks.gather(seconds.to(ranks.device))).amax(0).cpu()
+
+
+def mark(device: torch.device) -> torch.cuda.Event | float:
+    """This moment of the GPU's work, or of a CPU's."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float) and isinstance(end, float)
+        return end - start
+    return start.elapsed_time(end) / 1e3  # type: ignore[no-any-return]
+
+
+def _marks(
+    function: Attention, leaves: Sequence[Tensor], dout: Tensor, ranks: Ranks
+) -> list[torch.cuda.Event | float]:
+    q, k, v = leaves
+    start = mark(ranks.device)
+    out = function(q, k, v)
+    middle = mark(ranks.device)
+    torch.autograd.grad(out, [q, k, v], dout)
+    return [start, middle, mark(ranks.device)]
+
+
+def _peak_bytes(
+    function: Attention, leaves: Sequence[Tensor], dout: Tensor, ranks: Ranks
+) -> tuple[int | None, float]:
+    """The largest peak of any rank and the seconds that one run took."""
+    cuda = ranks.device.type == "cuda"
+    held = 0
+    if cuda:
+        torch.cuda.synchronize(ranks.device)
+        held = torch.cuda.memory_allocated(ranks.device) - sum(x.untyped_storage().nbytes() for x in (*leaves, dout))
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+    start = time.perf_counter()
+    step(function, leaves, dout)
+    peak = 0
+    if cuda:
+        torch.cuda.synchronize(ranks.device)
+        peak = torch.cuda.max_memory_allocated(ranks.device) - held
+    found = slowest(torch.tensor([time.perf_counter() - start, peak], dtype=torch.float64), ranks).tolist()
+    return (int(found[1]) if cuda else None), found[0]

@@ -1,0 +1,64 @@
+"""What command lines have in common: settings of MuSe, devices and dtypes."""
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muse_dist import MuseConfig
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """The name and value of NAME=VALUE; ValueError if there is no '='."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text}: write NAME=VALUE, such as opened=8 or trace=false")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def changed(preset: str, changes: Sequence[str]) -> MuseConfig:
+    """A preset with the changes NAME=VALUE; ValueError or TypeError for what MuseConfig refuses."""
+    return MuseConfig.from_dict({"preset": preset, **dict(map(setting, changes))})
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the first GPU, or the CPU where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU; take --device cpu")
+    return torch.device(name)
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; "auto" is float32 on a CPU and bfloat16 on a GPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As on a command line."""
+    return str(dtype).removeprefix("torch.")
+
+
+def described_device(device: torch.device) -> str:
+    """The model of a GPU, or the processor's architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+
+
+def write_line(path: Path, row: dict[str, Any]) -> None:
+    """Append a JSON line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
