@@ -23,13 +23,19 @@ def principal_axes(x: Tensor, valid: Tensor, count: int, iterations: int = 4) ->
     total = weight.sum(-2, keepdim=True).clamp(min=1)
     centred = (x - x.sum(-2, keepdim=True) / total) * weight
     covariance = centred.mT @ centred / total
-    size = x.shape[-1]
-    grid = torch.arange(size, device=x.device, dtype=x.dtype)
-    axes = torch.cos((grid[:, None] + 0.5) * (grid[:count] + 0.5) * (torch.pi / size)).expand(*x.shape[:-2], -1, -1)
+    axes = _start(x.shape[-1], count, x).expand(*x.shape[:-2], -1, -1)
     for _ in range(iterations):
         axes = _orthonormal(covariance @ axes)
     spread = (axes * (covariance @ axes)).sum(-2).clamp(min=0).sqrt()
     return axes, spread
+
+
+def _start(size: int, count: int, like: Tensor) -> Tensor:
+    """`count` columns of the cosine transform's matrix [size, size], from slow to fast: low ones alone look alike on
+    the first coordinates, where some models' keys vary most. Angles are reduced as integers, so that they are exact."""
+    line = torch.arange(1, 2 * size, 2, device=like.device)
+    wave = torch.arange(count, device=like.device) * ((size - 1) // max(count - 1, 1)) * 2 + 1
+    return torch.cos((line[:, None] * wave % (8 * size)).to(like.dtype) * (torch.pi / (4 * size)))
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
@@ -99,7 +105,7 @@ def bisect_down_to(
     exists = torch.ones(n, dtype=torch.bool, device=x.device) if valid is None else valid
     x = torch.where(exists[..., None], finite(x), 0.0)
     exists = exists.expand(x.shape[:-1])
-    order = (~exists).byte().sort(dim=-1, stable=True).indices  # missing points start behind all others
+    order = existing_first(exists)
     # Fixed points get a place below or above all others on every axis, and no say in the choice of the axis.
     first = torch.arange(n, device=x.device) < pinned
     place = torch.where(exists, torch.where(first, float("-inf"), 0.0), float("inf")).to(x.dtype)
@@ -109,6 +115,11 @@ def bisect_down_to(
         order = _split_runs(x, place, order, size, pieces)
         size //= pieces
     return order, size
+
+
+def existing_first(exists: Tensor) -> Tensor:
+    """The order before any split: points [..., n] that do not exist are behind all others."""
+    return (~exists).byte().sort(dim=-1, stable=True).indices
 
 
 def check_part(n: int, part: int) -> None:
