@@ -20,19 +20,35 @@ class MetricsFile:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         partial.replace(path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._late = b""  # lines that a full disk did not take
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a line; after this a killed process does not lose it."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+    def write(self, row: dict[str, Any]) -> str | None:
+        """Append a line; after this a killed process does not lose it.
+
+        Returns:
+            what is wrong, where the disk does not take it: the line is kept and written with a later one.
+        """
+        self._late += json.dumps(row).encode() + b"\n"
+        try:
+            while self._late:
+                done = self._file.write(self._late)
+                self._late = self._late[done:]
+        except OSError as error:
+            return f"{self._file.name} cannot be written: {error.strerror}"
+        return None
 
     def sync(self) -> None:
         """Have all lines on the disk, before a checkpoint says they are."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """Close the file; OSError if there are lines it did not take."""
+        try:
+            while self._late:
+                self._late = self._late[self._file.write(self._late):]
+        finally:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ class Monitor:
 
     def __init__(self, config: RunConfig, folder: Path, wandb: str = "off", done: int = 0) -> None:
         self._wandb = _start_wandb(config, folder, wandb) if wandb != "off" else None
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self._events: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self._file = MetricsFile(folder / "metrics.jsonl", done)
         self._steps, self._tokens = config.train.steps, config.train.batch * config.data.context
         self._done = done
@@ -39,16 +39,16 @@ class Monitor:
         self._start = time.perf_counter()
         self._name = config.name
         self._bar: tqdm[Any] | None = None
+        self._complained = False
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Show and log the metrics of step 1, 2, ...; "loss" must be among them. Tables of numbers may be nested."""
         elapsed = time.perf_counter() - self._start
         here = step - self._done
         rate = here * self._tokens / elapsed
-        self._file.write({"step": step, **metrics})
         numbers = {**flat(metrics), "tokens_per_second": rate}
-        for name, value in numbers.items():
-            self._events.add_scalar(f"train/{name}", value, step)
+        self._complain(self._file.write({"step": step, **metrics}))
+        self._complain(self._add_events({f"train/{name}": value for name, value in numbers.items()}, step))
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
         if self._bar is not None:
@@ -66,15 +66,31 @@ class Monitor:
         else:
             print(text, flush=True)
 
+    def _complain(self, problem: str | None) -> None:
+        """Say once that the disk does not take what is logged: training need not stop for it."""
+        if problem is not None and not self._complained:
+            self._complained = True
+            self.say(f"warning: {problem}")
+
+    def _add_events(self, values: dict[str, float], step: int) -> str | None:
+        """Numbers for TensorBoard. Its writer does not recover from an error, so that is the end of its events."""
+        if self._events is None:
+            return None
+        try:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+        except OSError as error:
+            self._events = None
+            return f"TensorBoard's events end before step {step}: {error.strerror}"
+        return None
+
     def sync(self) -> None:
-        """Have what was logged on the disk."""
-        self._events.flush()
+        """Have the metrics on the disk."""
         self._file.sync()
 
     def summary(self, values: dict[str, float]) -> None:
         """Log the numbers of the end of the run."""
-        for name, value in values.items():
-            self._events.add_scalar(f"held_out/{name}", value, self._steps)
+        self._complain(self._add_events({f"held_out/{name}": value for name, value in values.items()}, self._steps))
         if self._wandb is not None:
             self._wandb.summary.update({f"held_out/{name}": value for name, value in values.items()})
 
@@ -95,7 +111,8 @@ class Monitor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.close_bar()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)

@@ -143,6 +143,7 @@ class SafeReader(StorageReader):
 
 def problem_with(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """What is wrong with a checkpoint, or None. Each of `ranks` ranks reads its share of the files."""
+    name = MANIFEST
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         for name, wanted in sorted(files.items())[rank::ranks]:
@@ -153,8 +154,10 @@ def problem_with(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
                 return f"{name} has {found} bytes, not {wanted['bytes']}"
             if describe_file(folder / name) != wanted:
                 return f"{name} is not what was written: its checksum differs"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is no manifest"
     return None
 
 

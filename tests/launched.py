@@ -1,0 +1,135 @@
+"""Starts ranks of the training command in a fraction of a second: a process that has imported it forks them.
+
+`Launcher` is the tests' side. Each rank is a process of its own, with the environment torchrun would give it and its
+output in a file, and can be killed like one.
+"""
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Launcher:
+    """A context manager; leaving it kills what is left."""
+
+    def __enter__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, cwd=ROOT, env=environment)
+        return self
+
+    def __exit__(self, *_):
+        self._server.stdin.close()  # the server kills its children and ends
+        self._server.wait(30)
+
+    def start(self, arguments, ranks, folder, limit=None, environment=None):
+        """`python -m launch.train ARGUMENTS` on so many ranks; no file may grow beyond `limit` bytes."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        outputs, pids = [], []
+        for rank in range(ranks):
+            outputs.append(folder / f"output-{rank}.txt")
+            pids.append(self._ask({
+                "arguments": list(map(str, arguments)), "output": str(outputs[-1]), "limit": limit,
+                "environment": {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(environment or {})}}))
+        return Run(self, pids, outputs)
+
+    def poll(self, pid):
+        return self._ask({"poll": pid})
+
+    def _ask(self, request):
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+class Run:
+    """The ranks of one start."""
+
+    def __init__(self, launcher, pids, outputs):
+        self._launcher, self.pids, self.outputs = launcher, pids, outputs
+        self.codes = [None] * len(pids)
+
+    def poll(self):
+        """Exit status of every rank, negative for a signal; None where it runs."""
+        for i, pid in enumerate(self.pids):
+            if self.codes[i] is None:
+                self.codes[i] = self._launcher.poll(pid)
+        return self.codes
+
+    def kill(self, rank, number=signal.SIGKILL):
+        if self.poll()[rank] is None:
+            os.kill(self.pids[rank], number)
+
+    def wait(self, seconds=120):
+        """Wait for all ranks. Returns their exit statuses; AssertionError with their output if one is late."""
+        deadline = time.monotonic() + seconds
+        while None in self.poll():
+            if time.monotonic() > deadline:
+                for rank in range(len(self.pids)):
+                    self.kill(rank)
+                raise AssertionError(f"late: {self.codes}\n{self.output()}")
+            time.sleep(0.02)
+        return self.codes
+
+    def output(self):
+        return "\n".join(path.read_text() for path in self.outputs)
+
+
+def serve():
+    from launch import train  # what takes long, once
+    from matplotlib.figure import Figure  # noqa: F401
+    from torch.distributed import checkpoint  # noqa: F401
+
+    children = set()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+            children.discard(pid)
+        else:
+            answer = os.fork()
+            if not answer:
+                run(train.main, request)
+            children.add(answer)
+        print(json.dumps(answer), flush=True)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+
+
+def run(main, request):
+    """A rank, in the forked process."""
+    status = 1
+    try:
+        output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for target, source in ((0, nothing), (1, output), (2, output)):
+            os.dup2(source, target)
+        os.environ.update(request["environment"])
+        if request["limit"] is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], resource.RLIM_INFINITY))
+        status = main(request["arguments"])
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,313 @@
+"""Runs that are killed, told to stop, started on other ranks, or robbed of their disk, and go on as if nothing was."""
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+sys.path.append(str(Path(__file__).parent))
+
+from launched import Launcher  # noqa: E402
+
+from launch.indexed import write_index  # noqa: E402
+
+SETTINGS = """
+[model]
+layers = 1
+width = 16
+heads = 2
+kv_heads = 1
+mlp = 32
+[train]
+steps = {steps}
+warmup = 2
+batch = 2
+threads = 1
+timeout = 100
+[data]
+path = "{data}"
+context = 128
+held_out_sequences = 1
+[log]
+checkpoint_every = 2
+keep = 2
+[muse]
+block = 16
+leaf = 8
+group = 8
+anchors = 1
+remote_leaf = 8
+opened = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    with Launcher() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Token files that start in no time: a learnable pattern with noise."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, tokens in (("train", 20_000), ("held_out", 1_000)):
+        values = (np.arange(tokens) % 37 + rng.integers(0, 3, tokens)).astype(np.uint16)
+        values.tofile(folder / f"{name}.bin")
+        write_index(folder / f"{name}.idx", [tokens // 10] * 10, values.dtype)
+    (folder / "data.json").write_text(json.dumps({"vocabulary": 64, "digest": "pattern"}))
+    return folder
+
+
+class Case:
+    """One run's folder, and the ways to start it."""
+
+    def __init__(self, launcher, data, folder, steps=12):
+        self.launcher, self.folder, self.run_folder = launcher, folder, folder / "run"
+        (folder / "run.toml").write_text(SETTINGS.format(steps=steps, data=data))
+
+    def start(self, ranks=2, *more, **options):
+        arguments = ["--config", self.folder / "run.toml", "--out", self.folder, "--device", "cpu", *more]
+        return self.launcher.start(arguments, ranks, self.folder, **options)
+
+    def finish(self, ranks=2, *more, **options):
+        run = self.start(ranks, *more, **options)
+        assert run.wait() == [0] * ranks, run.output()
+        return run.output()
+
+    def rows(self):
+        path = self.run_folder / "metrics.jsonl"
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:  # being written
+                break
+        return rows
+
+    def checkpoints(self):
+        return sorted((self.run_folder / "checkpoints").glob("step-*"))
+
+    def weights(self):
+        with safe_open(self.run_folder / "model" / "model.safetensors", "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def wait_for_steps(self, run, steps):
+        """Until so many more steps are logged, or the run ends."""
+        start, deadline = len(self.rows()), time.monotonic() + 120
+        while len(self.rows()) < start + steps and None in run.poll() and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def case(launcher, data, tmp_path):
+    return Case(launcher, data, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launcher, data, tmp_path_factory):
+    """A run of 12 steps on two ranks that nothing happens to."""
+    case = Case(launcher, data, tmp_path_factory.mktemp("undisturbed"))
+    case.finish()
+    return case
+
+
+def assert_same(case, other):
+    """Every step once, with the same loss to the last bit, and the same weights at the end."""
+    rows, wanted = case.rows(), other.rows()
+    assert [row["step"] for row in rows] == list(range(1, len(wanted) + 1))
+    assert [row["first_sequence"] for row in rows] == [2 * i for i in range(len(wanted))]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in wanted]
+    weights, expected = case.weights(), other.weights()
+    assert all(weights[name].equal(expected[name]) for name in expected)
+
+
+def test_twenty_kills_lose_and_repeat_nothing(launcher, data, tmp_path):
+    steps = 90
+    (tmp_path / "calm").mkdir(), (tmp_path / "hit").mkdir()
+    calm, hit = (Case(launcher, data, tmp_path / name, steps) for name in ("calm", "hit"))
+    calm.finish()
+    rng, reached = random.Random(0), []
+    for _ in range(20):
+        run, starting = hit.start(), rng.random() < 0.2
+        if starting:
+            time.sleep(rng.uniform(0, 1))
+        else:
+            hit.wait_for_steps(run, rng.randint(1, 4))
+            time.sleep(rng.uniform(0, 0.05))  # also in the middle of a step, or of a checkpoint
+        victim = rng.randrange(2)
+        assert run.poll() == [None, None], run.output()
+        run.kill(victim)
+        if starting:  # who waits for others to come waits long: here it is torchrun that ends all
+            run.kill(1 - victim)
+        codes = run.wait()
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] != 0, run.output()
+        reached.append(len(hit.rows()))
+    assert reached[-1] < steps, "it was over before the last kill"
+    assert reached[-1] > 10, "nothing went on"
+    assert "going on after step" in hit.finish()
+    assert_same(hit, calm)
+
+
+def test_sigterm_saves_and_ends_well(case, undisturbed):
+    run = case.start()
+    case.wait_for_steps(run, 3)
+    run.kill(1, signal.SIGTERM)  # one rank hears of it, all stop
+    assert run.wait() == [0, 0], run.output()
+    step = len(case.rows())
+    assert 3 <= step < 12 and f"stopped by SIGTERM after step {step}" in run.output()
+    assert case.checkpoints()[-1].name == f"step-{step:09}"
+    assert f"going on after step {step}" in case.finish()
+    assert_same(case, undisturbed)
+
+
+def test_broken_checkpoints_are_named_and_skipped(case):
+    case.finish(2, "--set", "log.keep=9")
+    two, four, six, eight, ten, twelve = case.checkpoints()
+    broken = "rank-00001.safetensors"
+    os.truncate(twelve / broken, (twelve / broken).stat().st_size // 2)
+    content = bytearray((ten / broken).read_bytes())
+    content[-1] ^= 1
+    (ten / broken).write_bytes(content)
+    (eight / broken).unlink()
+    os.truncate(six / "manifest.json", 20)
+    for path in four.iterdir():
+        path.unlink()
+    printed = case.finish(2, "--set", "log.keep=9")
+    for path, why in ((twelve, broken + " has "), (ten, broken + " is not what was written"),
+                      (eight, broken + " cannot be read"), (six, "manifest.json is no manifest"),
+                      (four, "manifest.json cannot be read")):
+        assert f"warning: {path} is skipped: {why}" in printed
+    assert "going on after step 2" in printed
+    assert [row["step"] for row in case.rows()] == list(range(1, 13))
+    assert len(case.checkpoints()) == 6
+
+
+def test_no_whole_checkpoint_is_an_error_not_a_new_start(case):
+    case.finish(1, "--steps", "4")
+    for path in case.checkpoints():
+        (path / "manifest.json").unlink()
+    run = case.start(1, "--steps", "5")
+    assert run.wait() == [2]
+    assert "no checkpoint is whole; --fresh starts again" in run.output() and "step-000000002" in run.output()
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_other_ranks_go_on_with_the_same_data(case, undisturbed, before, after):
+    case.finish(before, "--steps", "6")
+    printed = case.finish(after)
+    assert "going on after step 6" in printed and f"on {after} x cpu" in printed
+    assert [row["first_sequence"] for row in case.rows()] == list(range(0, 24, 2))
+    # MuSe on two ranks is not MuSe on one, and six steps have another schedule: near, not equal.
+    losses = [row["loss"] for row in case.rows()]
+    assert losses == pytest.approx([row["loss"] for row in undisturbed.rows()], rel=0.05)
+
+
+def test_ranks_that_share_nothing_or_weights_compute_the_same(launcher, data, tmp_path):
+    """Exact attention, whose result does not depend on the ranks: one rank, two replicas, two shares, sharded weights."""
+    curves, weights = {}, {}
+    for name, ranks, more in (("one", 1, []), ("replicas", 2, ["train.context_parallel=1"]), ("shared", 2, []),
+                              ("sharded", 2, ["train.shard=true", "train.micro_batch=1"])):
+        (tmp_path / name).mkdir()
+        case = Case(launcher, data, tmp_path / name, 6)
+        case.finish(ranks, "--attention", "exact", "--set", "log.keep=9", *more)
+        curves[name], weights[name] = [row["loss"] for row in case.rows()], case.weights()
+    for name in ("replicas", "shared", "sharded"):
+        assert curves[name] == pytest.approx(curves["one"], rel=1e-5), name
+        for key, value in weights["one"].items():
+            np.testing.assert_allclose(weights[name][key], value, atol=2e-4, err_msg=name)
+
+
+def test_sharded_weights_go_on_in_one_piece(launcher, data, tmp_path):
+    """From two ranks with half of every weight each to one, and back, with exact attention: the same curve."""
+    calm, moved = (Case(launcher, data, tmp_path / name) for name in ("calm", "moved") if not (
+        tmp_path / name).mkdir())
+    exact = ("--attention", "exact")
+    calm.finish(1, *exact)
+    for last, ranks, more in ((4, 2, "true"), (8, 1, "false"), (12, 2, "true")):
+        run = moved.start(ranks, *exact, "--set", f"train.shard={more}")
+        deadline = time.monotonic() + 60
+        while len(moved.rows()) < last and None in run.poll() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        run.kill(0, signal.SIGTERM)
+        assert run.wait() == [0] * ranks, run.output()
+    assert len(moved.rows()) == 12
+    assert [row["loss"] for row in moved.rows()] == pytest.approx([row["loss"] for row in calm.rows()], rel=1e-5)
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(case, undisturbed):
+    """Files may not grow beyond 12000 bytes: the metrics of six steps fit, no rank's tensors do."""
+    run = case.start(2, "--steps", "6", limit=12_000)
+    codes = run.wait()
+    assert all(codes), run.output()
+    printed = run.output()
+    assert "warning: the checkpoint of step 2 could not be written: rank" in printed and "There is none yet" in printed
+    assert "step 6/6" in printed, "training went on"
+    assert "RuntimeError: the checkpoint of step 6 could not be written" in printed
+    assert not list((case.run_folder / "checkpoints").iterdir()), "what was half written is gone"
+    case.finish()
+    assert_same(case, undisturbed)
+
+
+def test_data_that_ends_early_is_named_and_what_was_learned_is_kept(case, undisturbed, data, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in data.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (case.folder / "run.toml").write_text(SETTINGS.format(steps=12, data=copy))
+    run = case.start()
+    case.wait_for_steps(run, 3)
+    os.truncate(copy / "train.bin", 0)
+    codes = run.wait()
+    assert all(codes), run.output()
+    assert f"OSError: {copy / 'train.bin'} ends before token" in run.output()
+    step = len(case.rows())
+    assert case.checkpoints()[-1].name == f"step-{step:09}"
+    run = case.start()
+    assert run.wait() == [2, 2] and "is cut off or belongs to another index" in run.output()
+    (copy / "train.bin").write_bytes((data / "train.bin").read_bytes())
+    assert f"going on after step {step}" in case.finish()
+    assert_same(case, undisturbed)
+
+
+def test_a_clock_that_goes_back_changes_nothing(case, undisturbed):
+    case.finish(2, "--steps", "4")
+    oldest, newest = case.checkpoints()
+    for path in (newest, *newest.iterdir()):  # the newest checkpoint has the oldest date
+        os.utime(path, (1, 1))
+    for path in (oldest, *oldest.iterdir()):
+        os.utime(path, (2**31, 2**31))
+    assert "going on after step 4" in case.finish(2, "--steps", "5")
+    assert [row["step"] for row in case.rows()] == [1, 2, 3, 4, 5]
+    assert all(row["seconds"] > 0 for row in case.rows())
+
+
+def test_other_data_or_another_seed_is_refused(case, data, tmp_path):
+    case.finish(1, "--steps", "2")
+    run = case.start(1, "--seed", "3")
+    assert run.wait() == [2] and "was made with seed 0, and here it is 3" in run.output()
+    run = case.start(1, "--set", "data.context=64")
+    assert run.wait() == [2] and "was made with data" in run.output()
+    run = case.start(1, "--set", "model.width=32")
+    assert run.wait() == [2] and "is of another model" in run.output() and "[64, 16] there and [64, 32] here" in (
+        run.output())
+
+
+def test_a_rank_that_hangs_shows_its_stack_and_ends(case):
+    run = case.start(2, "--set", "train.timeout=4")
+    case.wait_for_steps(run, 2)
+    run.kill(1, signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while run.poll()[0] is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.kill(1)
+    assert run.wait()[0] == 70
+    printed = run.outputs[0].read_text()
+    assert "rank 0: no progress for 4 s in step" in printed and "trainer.py" in printed and "most recent call" in printed
