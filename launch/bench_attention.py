@@ -16,7 +16,7 @@ from torch import Tensor
 from launch.bench_check import Check, check_muse, check_muse_ranks, check_rival
 from launch.bench_inputs import Inputs, Shape, TrainedHeads, make_inputs
 from launch.bench_exact import Rows, Window, choose_rows, cosines, exact_rows, only_rows, squared_errors
-from launch.options import DTYPES, changed, described_device, dtype_name, dtype_of, write_line
+from launch.options import DTYPES, changed, described_device, dtype_name, dtype_of, joined, write_line
 from launch.bench_plots import plot
 from launch.ranks import Ranks
 from launch.bench_rivals import Problem, Unavailable, Variant, muse_variant, rivals
@@ -42,7 +42,13 @@ class Bench:
     checks: dict[tuple[str, int], Check | str]  # of MuSe, by name and head dim; a string is the error it ended with
 
 
-def run(ranks: Ranks, options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
+    """The command on the ranks that torchrun started, or on this process alone."""
+    with joined(options) as ranks:
+        run_ranks(ranks, options)
+
+
+def run_ranks(ranks: Ranks, options: argparse.Namespace) -> None:
     """Measure every size, print a table a size, append JSON lines, draw; exit with 1 if a check has failed."""
     bench = _prepare(ranks, options)
     rows: list[Row] = []
@@ -245,9 +251,9 @@ def _stage_lines(row: Row) -> str:
     total = sum(stage["seconds"] for stage in row["stages"])
     lines = [f"{row['variant']} by stage:"]
     for stage in row["stages"]:
-        kernels = ", ".join(f"{name[:60]} {1e3 * seconds:.3f}" for name, seconds in stage["kernels"])
         share = stage["seconds"] / total if total else 0.0
-        lines.append(f"  {stage['stage']:<28}{1e3 * stage['seconds']:>10.3f} ms{share:>7.1%}  {kernels}")
+        lines.append(f"  {stage['stage']:<40}{1e3 * stage['seconds']:>10.3f} ms{share:>7.1%}")
+        lines += [f"      {name[:90]:<92}{1e3 * seconds:>8.3f} ms" for name, seconds in stage["kernels"]]
     return "\n".join(lines)
 
 

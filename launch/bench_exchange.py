@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from launch.bench_check import Check, check_muse_ranks
 from launch.bench_comm import Recorder, Silent
 from launch.bench_inputs import Shape, make_inputs
-from launch.options import DTYPES, changed, described_device, dtype_name, dtype_of, write_line
+from launch.options import DTYPES, changed, described_device, dtype_name, dtype_of, joined, write_line
 from launch.ranks import Ranks
 from launch.bench_rivals import Problem
 from launch.bench_timing import Spread, mark, measure, spread, step, timed
@@ -28,7 +28,13 @@ ALONE = 10  # repetitions of an exchange
 PHASES = ("bench::forward", "bench::backward")
 
 
-def run(ranks: Ranks, options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
+    """The command on the ranks that torchrun started, or on this process alone."""
+    with joined(options) as ranks:
+        run_ranks(ranks, options)
+
+
+def run_ranks(ranks: Ranks, options: argparse.Namespace) -> None:
     """Check, measure, print a table; append JSON lines and write a trace if asked."""
     if ranks.size == 1:
         raise ValueError("exchange: one rank exchanges nothing; start it with torchrun --nproc-per-node 2 or more")

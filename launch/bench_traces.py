@@ -61,7 +61,7 @@ def read(path: Path) -> list[Event]:
             for e in events if e.get("ph") == "X" and "dur" in e]
 
 
-def stages(events: Sequence[Event], most: int = 3) -> list[Stage]:
+def stages(events: Sequence[Event], most: int = 8) -> list[Stage]:
     """Time by stage, the innermost range `muse_dist::...` around a kernel's launch; the longest stage first.
 
     A trace without kernels gives the host's time in each range, without what lies in ranges inside it.

@@ -1,14 +1,19 @@
 """What command lines have in common: settings of MuSe, devices and dtypes."""
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from launch.ranks import Ranks, join_ranks
 from muse_dist import MuseConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,3 +67,22 @@ def write_line(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def joined(options: argparse.Namespace) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or this process alone, for a command with the options `device` and `layout`.
+
+    The first rank prints what the package has to say, such as which backend "auto" took.
+    """
+    logger, handler = logging.getLogger("muse_dist"), logging.StreamHandler(sys.stdout)
+    before = logger.level
+    with join_ranks(pick_device(options.device), options.layout) as ranks:
+        if ranks.first:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+        try:
+            yield ranks
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before)

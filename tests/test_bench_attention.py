@@ -205,7 +205,7 @@ def over_ranks(words):
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "zigzag", group, group)
     rows = []
     bench_attention.write_line = lambda path, row: rows.append(row)
-    bench_attention.run(ranks, _parser().parse_args(words))
+    bench_attention.run_ranks(ranks, _parser().parse_args(words))
     return rows
 
 

@@ -98,7 +98,7 @@ def command(words, shares):
     problem = None
     with contextlib.redirect_stdout(text):
         try:
-            bench_exchange.run(joined(), _parser().parse_args(words))
+            bench_exchange.run_ranks(joined(), _parser().parse_args(words))
         except (SystemExit, ValueError) as error:
             problem = str(error)
     return rows, text.getvalue(), problem
