@@ -269,8 +269,9 @@ def add_command(commands: Any) -> None:
     command.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
     command.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                          help="default: bfloat16 on a GPU, float32 on the CPU")
-    command.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
-    command.add_argument("--acausal", action="store_false", dest="causal", help="the same as --no-causal")
+    sight = command.add_mutually_exclusive_group()
+    sight.add_argument("--causal", action="store_true", default=True, help="every token sees those before it (default)")
+    sight.add_argument("--acausal", action="store_false", dest="causal", help="every token sees all")
     command.add_argument("--preset", nargs="+", default=["fast", "accurate", "paper"], metavar="NAME",
                          help="presets of MuSe (default: all)")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",

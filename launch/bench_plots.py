@@ -50,8 +50,9 @@ def _times(axes: Any, points: Sequence[Row], **style: Any) -> None:
     reach = [[abs(1e3 * row["both"][end] - value) for row, value in zip(points, middle)] for end in ("low", "high")]
     axes.errorbar([row["tokens"] for row in points], middle, yerr=reach, capsize=2, **style)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}k")
     axes.set(yscale="log", xlabel="tokens", ylabel="forward + backward, ms (median, 10th to 90th percentile)")
+    _label(axes.xaxis, lambda tokens, _: f"{tokens / 1024:g}k")
+    _label(axes.yaxis, lambda value, _: f"{value:g}")
 
 
 def _errors(axes: Any, points: Sequence[Row], **style: Any) -> None:
@@ -62,3 +63,11 @@ def _errors(axes: Any, points: Sequence[Row], **style: Any) -> None:
         axes.annotate(f"{row['tokens'] / 1024:g}k", (1e3 * row["both"]["median"], row["error"]["out"]),
                       fontsize="x-small", textcoords="offset points", xytext=(4, 3))
     axes.set(xscale="log", yscale="log", xlabel="forward + backward, ms", ylabel="relative squared error of the output")
+    for axis in (axes.xaxis, axes.yaxis):
+        _label(axis, lambda value, _: f"{value:g}")
+
+
+def _label(axis: Any, text: Any) -> None:
+    """Plain numbers at the major ticks: powers of ten are set in fonts that not every installation has."""
+    axis.set_major_formatter(text)
+    axis.set_minor_formatter("")
