@@ -3,6 +3,7 @@
     python -m launch.bench attention --model DIR
     torchrun --standalone --nproc-per-node 4 -m launch.bench attention --tokens 65536 262144
     torchrun --standalone --nproc-per-node 4 -m launch.bench exchange --tokens 65536 262144
+    python -m launch.bench step --config configs/1b.toml --stage 1
 
 Each command first checks, in the same processes, that what it times is right, and prints no speed-up where it is not.
 """
@@ -11,14 +12,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from launch import bench_attention, bench_exchange
+from launch import bench_attention, bench_exchange, bench_step
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for module in (bench_attention, bench_exchange):
+    for module in (bench_attention, bench_exchange, bench_step):
         module.add_command(commands)
     return parser
 

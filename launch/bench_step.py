@@ -1,6 +1,6 @@
-"""launch.bench step: training steps of a Llama under DeepSpeed, one attention after the other, on the same GPUs.
+"""Training steps of a Llama under DeepSpeed, one attention after the other, on the same GPUs.
 
-    python -m launch.bench step --tokens 65536 --model 1b --stage 1
+    python -m launch.bench step --config configs/1b.toml --stage 1
 
 Each attention trains in processes of its own, one a GPU, which share every sequence: one that runs out of memory or
 hangs is a row that says so, and the next starts afresh. Everything else is the same for all: weights, sequences,
@@ -18,27 +18,29 @@ from typing import Any
 
 import torch
 
-from launch.step_row import ATTENTIONS, EXACT, MODELS, deepspeed_config
-from launch.train import pick_device
+from launch.config import RunConfig
+from launch.options import pick_device, setting, write_line
 from muse_dist.deepspeed_section import read_config
 from muse_dist.layout import Layout
 
+EXACT = ("ulysses", "torch-cp")  # DeepSpeed's, and torch's own context parallelism
+ATTENTIONS = ("moments", "kv", *EXACT)
 SAME_LOSS = 0.01  # nats between the first losses of exact attentions in bf16, which differ by rounding alone
 
 
 def add_command(commands: Any) -> None:
     """Add `step` to the benchmarks of `launch.bench`; its options carry `run`, the function to call with them."""
-    command = commands.add_parser("step", help="training steps under DeepSpeed, MuSe and its exact rivals",
+    command = commands.add_parser("step", help="training steps under DeepSpeed with MuSe and its exact rivals",
                                   description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_argument("--tokens", type=int, default=65536, help="of a sequence (default: %(default)s)")
-    command.add_argument("--model", choices=MODELS, default="1b", help="shape, random weights (default: %(default)s)")
+    command.add_argument("--config", type=Path, default=Path("configs/1b.toml"),
+                         help="shape of the model, random weights; context and settings of MuSe (default: %(default)s)")
+    command.add_argument("--tokens", type=int, help="of a sequence, instead of the config's context")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                         help="a field of MuseConfig, or preset, instead of the config's; repeat for more")
     command.add_argument("--ranks", type=int, help="that share a sequence; one a GPU by default, 2 on the CPU")
     command.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="of ZeRO (default: %(default)s)")
     command.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS), metavar="NAME",
                          help=f"of {', '.join(ATTENTIONS)} (default: all)")
-    command.add_argument("--preset", default="fast", help="of MuseConfig (default: %(default)s)")
-    command.add_argument("--muse", type=json.loads, default={}, metavar="JSON",
-                         help='fields of MuseConfig that differ from the preset, as in \'{"block": 1024}\'')
     command.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True,
                          help="activation checkpointing of every layer")
     command.add_argument("--warmup", type=int, default=2, help="steps that are not timed (default: %(default)s)")
@@ -52,37 +54,58 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure a row an attention and print the table. ValueError for options that cannot be."""
     device = pick_device(options.device)
-    for name in ("warmup", "steps", "tokens"):
+    for name in ("warmup", "steps"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)}: must be at least 1")
     ranks = options.ranks or (torch.cuda.device_count() if device.type == "cuda" else 2)
     jobs = [make_job(options, name, ranks, device.type) for name in options.attention]
     for job in jobs:  # what cannot be is said before anything runs
         section, _ = read_config(deepspeed_config(job))
-        Layout(section.layout, ranks, options.tokens, section.muse.block)
+        Layout(section.layout, ranks, run_config(job).data.context, section.muse.block)
     rows = []
     for job in jobs:
         rows.append(measure(job, options.limit))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         if options.json is not None:
-            with options.json.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            write_line(options.json, rows[-1])
     print(step_table(rows))
 
 
 def make_job(options: argparse.Namespace, attention: str, ranks: int, device: str) -> dict[str, Any]:
     """What the processes of a row are told."""
-    keys = ("tokens", "model", "stage", "preset", "muse", "recompute", "warmup", "steps")
-    return {"attention": attention, "ranks": ranks, "device": device, "timeout_seconds": options.limit / 2,
-            **{key: getattr(options, key) for key in keys}}
+    changes = {f"muse.{name}": value for name, value in map(setting, options.set)}
+    if options.tokens is not None:
+        changes["data.context"] = options.tokens
+    return {"attention": attention, "ranks": ranks, "device": device, "config": str(options.config), "changes": changes,
+            "timeout_seconds": options.limit / 2, "stage": options.stage, "recompute": options.recompute,
+            "warmup": options.warmup, "steps": options.steps}
+
+
+def run_config(job: dict[str, Any]) -> RunConfig:
+    """The settings of model, sequences and MuSe; ValueError, TypeError or OSError as `RunConfig.from_toml`."""
+    return RunConfig.from_toml(job["config"], changes=job["changes"])
+
+
+def deepspeed_config(job: dict[str, Any]) -> dict[str, Any]:
+    """The same for all: rivals get their attention after DeepSpeed has started with MuSe's."""
+    muse = json.loads(run_config(job).muse.encoded)
+    if job["attention"] not in EXACT:
+        muse["exchange"] = job["attention"]
+    layout = "contiguous" if job["attention"] == "ulysses" else "zigzag"  # Ulysses gathers chunks in rank order
+    return {
+        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "steps_per_print": 10 ** 9,
+        "bf16": {"enabled": job["device"] == "cuda"}, "zero_optimization": {"stage": job["stage"]},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+        "muse": {**muse, "context_parallel_size": job["ranks"], "layout": layout,
+                 "timeout_seconds": job["timeout_seconds"]}}
 
 
 def measure(job: dict[str, Any], limit: float) -> dict[str, Any]:
     """One row: what the first of the processes reports, or what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         row, log = Path(folder, "row.json"), Path(folder, "log")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job["ranks"]), "-m",
-                   "launch.step_row", json.dumps(job), str(row)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job["ranks"]),
+                   "-m", "launch.step_row", json.dumps(job), str(row)]
         with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
             try:
                 status = process.wait(limit)
@@ -108,7 +131,8 @@ def step_table(rows: list[dict[str, Any]]) -> str:
     exact = [row for row in rows if row["attention"] in EXACT and "error" not in row]
     wrong = exact and max(row["loss"] for row in exact) - min(row["loss"] for row in exact) > SAME_LOSS
     best = max((row["tokens_per_second"] for row in exact), default=None)
-    lines = [f"{'attention':<16}{'step s':>9}{'spread':>17}{'tokens/s':>12}{'GiB':>8}{'first loss':>12}{'speed-up':>10}"]
+    lines = [f"{'attention':<16}{'step s':>9}{'fastest':>9}{'slowest':>9}{'tokens/s':>12}{'GiB':>8}{'first loss':>12}"
+             f"{'speed-up':>10}"]
     for row in rows:
         if "error" in row:
             lines.append(f"{row['attention']:<16}{row['error']}")
@@ -116,7 +140,7 @@ def step_table(rows: list[dict[str, Any]]) -> str:
         gain = "-" if wrong or best is None else f"{row['tokens_per_second'] / best:.2f}x"
         memory = "-" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
         lines.append(f"{row['attention']:<16}{row['step_seconds']:>9.3f}{min(row['seconds']):>9.3f}"
-                     f"{max(row['seconds']):>8.3f}{row['tokens_per_second']:>12,.0f}{memory:>8}{row['loss']:>12.4f}"
+                     f"{max(row['seconds']):>9.3f}{row['tokens_per_second']:>12,.0f}{memory:>8}{row['loss']:>12.4f}"
                      f"{gain:>10}")
     if wrong:
         lines.append(f"the first losses of the exact attentions differ by more than {SAME_LOSS} nats: no speed-up")

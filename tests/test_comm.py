@@ -182,5 +182,6 @@ def imports_of(path):
 def test_no_other_module_of_the_package_imports_torch_distributed():
     users = {path.name for path in PACKAGE.rglob("*.py")
              if any(name.startswith("torch.distributed") for name in imports_of(path))}
-    assert users == {"comm.py"}
-    assert not [path.name for path in PACKAGE.rglob("*.py") if "os.environ" in path.read_text()]
+    assert users == {"comm.py", "deepspeed_ranks.py"}  # DeepSpeed asks for process groups
+    users = {path.name for path in PACKAGE.rglob("*.py") if "os.environ" in path.read_text()}
+    assert users == {"deepspeed_ranks.py"}  # where launchers put the ranks

@@ -122,7 +122,8 @@ def test_constraints_pin_what_make_installs_within_the_ranges():
 
     pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     installed = PROJECT["dependencies"] + [
-        r for extra in ("launch", "huggingface", "dev") for r in PROJECT["optional-dependencies"][extra]]
+        r for extra in ("launch", "huggingface", "deepspeed", "mpi", "dev")
+        for r in PROJECT["optional-dependencies"][extra]]
     for requirement in map(Requirement, installed):
         for python_version in ("3.10", "3.11", "3.12"):
             found = [pin for pin in pins if name(pin.name) == name(requirement.name)

@@ -1,0 +1,27 @@
+#!/bin/sh
+# Train with DeepSpeed's launcher: launch/deepspeed.sh FOLDER [OPTION OF deepspeed]... PROGRAM [ARGUMENT]...
+#
+# One node, 8 GPUs:        launch/deepspeed.sh runs/a --num_gpus 8 train.py --out runs/a
+# Two nodes, over ssh:     launch/deepspeed.sh runs/a --hostfile hosts train.py --out runs/a
+#                          (a line a node in the file hosts: "node1 slots=8")
+# Two nodes, without ssh:  on each, with its own RANK and the first one's ADDRESS:
+#   launch/deepspeed.sh runs/a --hostfile hosts --no_ssh --node_rank RANK --master_addr ADDRESS --master_port 29500 ...
+#
+# FOLDER is the run's; the program leaves a file `finished` there when all its steps are done, as
+# launch/deepspeed_example.py does. deepspeed itself exits with 0 even where its ranks were lost with a node.
+set -u
+folder=$1
+shift
+rm -f "$folder/finished"
+setsid deepspeed "$@" &  # a process group of its own, because deepspeed leaves its ranks behind when it is stopped
+launcher=$!
+trap 'kill -TERM -"$launcher" 2>/dev/null; wait "$launcher"; exit 143' TERM INT
+wait "$launcher"
+status=$?
+kill -TERM -"$launcher" 2>/dev/null  # ranks that outlived it
+if [ "$status" -eq 0 ] && [ ! -e "$folder/finished" ]; then
+    echo "launch/deepspeed.sh: deepspeed ended, but $folder/finished is missing: ranks were lost. Start it again to" \
+        "resume from the last checkpoint in $folder." >&2
+    exit 1
+fi
+exit "$status"
