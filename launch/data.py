@@ -1,70 +1,113 @@
-"""Text to train on that every machine has: the Python standard library's own sources, one token a byte."""
+"""Make token files of text: python -m launch.data INPUT ... --out FOLDER
+
+INPUT is a text file, a file of JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) or a folder, such as a source tree. Documents
+keep their order: files of one directory stay side by side, so that long contexts see what belongs together. FOLDER gets
+train.bin, train.idx, held_out.bin and held_out.idx, in Megatron's indexed format, the tokenizer, and data.json, with
+counts and with what was no text. Started again after an interruption, the command goes on.
+
+    python -m launch.data src/ --out tokens --tokenizer bpe --vocabulary 16384
+    python -m launch.train --config configs/30m.toml --data tokens
+"""
 from __future__ import annotations
 
-import sysconfig
-from dataclasses import dataclass
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from tqdm import tqdm
 
-from launch.config import DataConfig
-
-SEPARATOR = 256  # ends every file; the other tokens are the bytes themselves
-VOCABULARY = 257
-# Tests repeat the modules they test, and installed packages differ between machines.
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+from launch.data_encode import Encoding, byte_encoding, encode_unit, file_encoding, train_tokenizer
+from launch.data_join import join_parts
+from launch.data_sources import Unit, list_units
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Token streams, uint16 [tokens]: whole files, each ended by `SEPARATOR`, in path order."""
-
-    train: np.ndarray
-    held_out: np.ndarray
-    context: int
-
-    def sequences(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` sequences from random places of the training files, int64 [count, context + 1]."""
-        starts = torch.randint(len(self.train) - self.context, (count,), generator=generator)
-        return torch.stack([self._cut(self.train, int(start)) for start in starts])
-
-    def held_out_sequences(self, count: int) -> Tensor:
-        """`count` sequences spread evenly over the held-out files, int64 [count, context + 1]; the same every time."""
-        last = len(self.held_out) - self.context - 1
-        return torch.stack([self._cut(self.held_out, last * i // max(count - 1, 1)) for i in range(count)])
-
-    def held_out_entropy(self) -> float:
-        """Entropy of the held-out tokens' frequencies in nats: no model that ignores context has a smaller loss."""
-        frequency = np.bincount(self.held_out) / len(self.held_out)
-        frequency = frequency[frequency > 0]
-        return float(-(frequency * np.log(frequency)).sum())
-
-    def _cut(self, stream: np.ndarray, start: int) -> Tensor:
-        return torch.from_numpy(stream[start:start + self.context + 1].astype(np.int64))
+def main(arguments: list[str] | None = None) -> int:
+    """The command; see the head of this file. Returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        about = make(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for name in ("train", "held_out"):
+        print(f"{name:<9}{about[name]['documents']:>12,} documents {about[name]['tokens']:>16,} tokens")
+    for why, count in sorted(about["bad"].items()):
+        print(f"left out {count:>12,} {why}: {'; '.join(about['examples'][why])}{' ...' if count > 5 else ''}")
+    print(f"vocabulary of {about['vocabulary']:,}, {about['dtype']}: {options.out}")
+    return 0
 
 
-def load_corpus(config: DataConfig, folder: Path | None = None) -> Corpus:
-    """Read all Python files below `folder`, by default the standard library of the running interpreter.
+def make(options: argparse.Namespace) -> dict[str, Any]:
+    """Do what the command line says. Returns the content of data.json."""
+    if options.held_out_every < 2:
+        raise ValueError(f"--held-out-every {options.held_out_every}: must be at least 2")
+    if options.workers < 1:
+        raise ValueError(f"--workers {options.workers}: must be at least 1")
+    units = list_units(options.input, tuple(options.suffix))
+    parts = options.out / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    encoding = _encoding(options, units)
+    with tqdm(total=sum(unit.size for unit in units), unit="B", unit_scale=True, desc="tokens", file=sys.stdout,
+              disable=not sys.stdout.isatty()) as bar:
+        for done, size in enumerate(_encode_all(units, encoding, parts, options.workers), 1):
+            bar.update(size)
+            if bar.disable and (done * 10 // len(units) > (done - 1) * 10 // len(units)):
+                print(f"{done} of {len(units)} pieces of the input", flush=True)
+    return join_parts(options.out, parts, len(units), encoding, options.held_out_every)
 
-    Raises:
-        ValueError: fewer tokens than one sequence, in the training or in the held-out files.
-    """
-    folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
-    files = sorted(path for path in folder.rglob("*.py") if not LEFT_OUT.intersection(path.relative_to(folder).parts))
-    held_out = files[config.held_out_every - 1::config.held_out_every]
-    chosen = set(held_out)
-    corpus = Corpus(_stream([path for path in files if path not in chosen]), _stream(held_out), config.context)
-    for part in ("train", "held_out"):
-        tokens = len(getattr(corpus, part))
-        if tokens <= config.context:
-            raise ValueError(f"{folder} has {tokens} tokens for {part} in {len(files)} Python files; "
-                             f"data.context={config.context} needs more than that: take a smaller context")
-    return corpus
+
+def _encode_all(units: list[Unit], encoding: Encoding, parts: Path, workers: int) -> Iterator[int]:
+    """Make all parts. Yields the bytes of each unit, in order; parts that are there already cost nothing."""
+    numbers, same, where = range(len(units)), [encoding] * len(units), [parts] * len(units)
+    if workers == 1 or len(units) == 1:
+        yield from map(encode_unit, numbers, units, same, where)
+        return
+    # Started anew, not forked: the tokenizer's threads do not survive a fork.
+    with ProcessPoolExecutor(min(workers, len(units)), multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(encode_unit, numbers, units, same, where)
 
 
-def _stream(files: list[Path]) -> np.ndarray:
-    parts = [np.append(np.frombuffer(path.read_bytes(), np.uint8).astype(np.uint16), np.uint16(SEPARATOR))
-             for path in files]
-    return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+def _encoding(options: argparse.Namespace, units: list[Unit]) -> Encoding:
+    """The tokenizer asked for, in the output folder; trained if it is not there yet."""
+    kept = options.out / "tokenizer.json"
+    if options.tokenizer == "bytes":
+        return byte_encoding(options.key)
+    if options.tokenizer != "bpe":
+        file_encoding(Path(options.tokenizer), options.key)
+        shutil.copyfile(options.tokenizer, kept)
+    elif not kept.exists():
+        print(f"training a tokenizer of {options.vocabulary} tokens", flush=True)
+        train_tokenizer(units, options.key, options.vocabulary, options.train_bytes, kept)
+    encoding = file_encoding(kept, options.key)
+    if options.tokenizer == "bpe" and encoding.vocabulary > options.vocabulary:
+        raise ValueError(f"--vocabulary {options.vocabulary}: {kept} is there already and has {encoding.vocabulary} "
+                         "tokens; remove it, or take another --out")
+    return encoding
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m launch.data", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, nargs="+", metavar="INPUT", help="file or folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the token files go")
+    parser.add_argument("--tokenizer", default="bytes", metavar="bytes|bpe|FILE",
+                        help="one token a byte; BPE trained on the input; or a tokenizer.json (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=16384, help="of the BPE (default: %(default)s)")
+    parser.add_argument("--train-bytes", type=int, default=100_000_000,
+                        help="text the BPE is trained on, about (default: %(default)s)")
+    parser.add_argument("--key", default="text", help="of the text in JSON lines (default: %(default)s)")
+    parser.add_argument("--suffix", nargs="+", default=[], metavar=".EXT", help="of a folder take only such files")
+    parser.add_argument("--held-out-every", type=int, default=100, metavar="N",
+                        help="every N-th document is held out (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,13 +8,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from launch.config import RunConfig
 from launch.metrics import MetricsFile
+
+Wandb = Literal["off", "offline", "online"]
 
 
 class Monitor:
@@ -29,7 +31,7 @@ class Monitor:
         ValueError: wandb is asked for and not installed.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, wandb: str = "off", done: int = 0) -> None:
+    def __init__(self, config: RunConfig, folder: Path, wandb: Wandb = "off", done: int = 0) -> None:
         self._wandb = _start_wandb(config, folder, wandb) if wandb != "off" else None
         self._events: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self._file = MetricsFile(folder / "metrics.jsonl", done)
@@ -161,7 +163,7 @@ def _numbers(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]
             yield prefix + name, float(value)
 
 
-def _start_wandb(config: RunConfig, folder: Path, mode: str) -> Any:
+def _start_wandb(config: RunConfig, folder: Path, mode: Literal["offline", "online"]) -> Any:
     """A wandb run whose id is kept beside the metrics: a run that goes on is one curve there too."""
     try:
         import wandb

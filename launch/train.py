@@ -27,7 +27,7 @@ from launch.corpus import Corpus, load_corpus
 from launch.engine import TorchEngine
 from launch.guard import StopSignal
 from launch.metrics import read_metrics
-from launch.monitor import Monitor, Silent
+from launch.monitor import Monitor, Silent, Wandb
 from launch.ranks import Ranks, join_ranks
 from launch.report import table, write_report
 from launch.trainer import Trainer
@@ -154,7 +154,7 @@ def _check_results(folder: Path, done: int | None) -> None:
                          "--fresh to replace them")
 
 
-def _monitor(config: RunConfig, folder: Path, wandb: str, done: int) -> Monitor:
+def _monitor(config: RunConfig, folder: Path, wandb: Wandb, done: int) -> Monitor:
     """The monitor of the rank that shows; the settings beside what it writes."""
     (folder / "config.toml").write_text(config.to_toml())
     (folder / "results.json").unlink(missing_ok=True)  # of fewer steps: the run is not finished any more

@@ -1,0 +1,77 @@
+"""The parts that `launch.data` made, put together: token files to train on, held-out ones, and what they are."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from launch.data_encode import EXAMPLES, Encoding, read_part
+from launch.indexed import token_dtype, write_index
+
+
+class Stream(NamedTuple):
+    """One of the two token files while it is written."""
+
+    name: str
+    file: Any
+    lengths: list[int]
+    digest: Any
+
+
+def join_parts(folder: Path, parts: Path, count: int, encoding: Encoding, held_out_every: int) -> dict[str, Any]:
+    """Write train.bin, held_out.bin, their indexes and data.json to `folder`, from `count` parts in order.
+
+    Args:
+        held_out_every: every so many-th document, of all, goes to held_out.
+    Returns:
+        the content of data.json.
+    """
+    dtype = token_dtype(encoding.vocabulary)
+    bad: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    streams = [Stream(name, (folder / f"{name}.bin.partial").open("wb"), [], hashlib.sha256())
+               for name in ("train", "held_out")]
+    number = 0
+    for i in range(count):
+        data = parts / f"part-{i:06}.bin"
+        about = read_part(data.with_suffix(".json"), data)
+        with data.open("rb") as file:
+            for length in about["lengths"]:
+                number += 1
+                _copy(file.read(length * dtype.itemsize), length, streams[number % held_out_every == 0])
+        bad.update(about["bad"])
+        for why, where in about["examples"].items():
+            examples[why] = [*examples.get(why, []), *where][:EXAMPLES]
+    for stream in streams:
+        _finish(folder, stream, dtype)
+    about = {"vocabulary": encoding.vocabulary, "separator": encoding.separator,
+             "tokenizer": "tokenizer.json" if encoding.tokenizer else "bytes", "dtype": dtype.name,
+             "digest": hashlib.sha256(b"".join(stream.digest.digest() for stream in streams)).hexdigest(),
+             **{stream.name: {"documents": len(stream.lengths), "tokens": sum(stream.lengths),
+                              "sha256": stream.digest.hexdigest()} for stream in streams},
+             "bad": dict(bad), "examples": examples}
+    partial = folder / "data.json.partial"
+    partial.write_text(json.dumps(about, indent=1) + "\n")
+    partial.replace(folder / "data.json")  # last: with it the folder is complete
+    shutil.rmtree(parts)
+    return about
+
+
+def _copy(content: bytes, length: int, stream: Stream) -> None:
+    stream.file.write(content)
+    stream.digest.update(content)
+    stream.lengths.append(length)
+
+
+def _finish(folder: Path, stream: Stream, dtype: np.dtype[Any]) -> None:
+    stream.file.flush()
+    os.fsync(stream.file.fileno())
+    stream.file.close()
+    (folder / f"{stream.name}.bin.partial").replace(folder / f"{stream.name}.bin")
+    write_index(folder / f"{stream.name}.idx", stream.lengths, dtype)
