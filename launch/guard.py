@@ -85,11 +85,11 @@ class Watchdog:
     """Prints the stack of every thread and ends the process if it is not fed for `seconds`.
 
     A rank that waits for another in a collective sits in C code. The thread here prints as long as Python runs;
-    faulthandler's own, which needs no Python, is the reserve.
+    faulthandler's own, which needs no Python, follows `reserve` seconds later.
     """
 
-    def __init__(self, seconds: float, rank: int) -> None:
-        self.seconds, self.rank = seconds, rank
+    def __init__(self, seconds: float, rank: int, reserve: float = 10.0) -> None:
+        self.seconds, self.rank, self.reserve = seconds, rank, reserve
         self._what = ""
         self._timer: threading.Timer | None = None
 
@@ -97,7 +97,7 @@ class Watchdog:
         """Start counting again; `what` is about to happen."""
         self.stop()
         self._what = what
-        faulthandler.dump_traceback_later(self.seconds + 10, exit=True, file=sys.__stderr__)  # type: ignore[arg-type]
+        faulthandler.dump_traceback_later(self.seconds + self.reserve, exit=True)
         self._timer = threading.Timer(self.seconds, self._bark)
         self._timer.daemon = True
         self._timer.start()
