@@ -208,19 +208,82 @@ CASES_OF_FOUR: dict[str, Case] = {
 CASES |= CASES_OF_FOUR
 
 
-def run_cases(names: list[str], environment: bool = True) -> dict[str, dict[str, Any]]:
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.02, "eps": 0.01, "torch_adam": True}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 6,
+                                                     "warmup_type": "linear"}}}
+
+
+def saved(stage: int, context: int = 2, universal: bool = False) -> Case:
+    """A run with an optimizer and a schedule that must be restored, too."""
+    return Case(stage, context=context, json={**ADAM, "checkpoint": {"load_universal": universal}})
+
+
+def save_runs(folder: str) -> list[dict[str, Any]]:
+    """At every ZeRO stage: train, save, go on; what came after saving."""
+    from muse_dist.deepspeed import save
+
+    found = []
+    for stage in range(4):
+        engine = start_engine(saved(stage))
+        train(engine, saved(stage))
+        save(engine, Path(folder, str(stage)), {"sequences": 17})
+        found.append(go_on(engine, saved(stage)))
+    return found
+
+
+def resume_runs(folder: str) -> tuple[list[dict[str, Any]], str]:
+    """The same after loading, on as many ranks as there are; and what loading without conversion says."""
+    from muse_dist.deepspeed import load
+
+    context = int(os.environ["WORLD_SIZE"])
+    found = []
+    for stage in range(4):
+        case = saved(stage, context, universal=stage > 0)
+        engine = start_engine(case)
+        state = load(engine, Path(folder, str(stage)))
+        found.append({**go_on(engine, case), "state": state, "steps": engine.global_steps})
+    try:
+        load(start_engine(saved(2, context)), Path(folder, "2"))
+        problem = ""
+    except ValueError as error:
+        problem = str(error)
+    return found, problem
+
+
+def go_on(engine: Any, case: Case) -> dict[str, Any]:
+    start, rate = full_parameters(engine), engine.get_lr()
+    found = train(engine, case, first=STEPS)
+    return {**found, "rate": rate, "change": {name: p - start[name] for name, p in full_parameters(engine).items()}}
+
+
+def run_cases(names: list[str]) -> dict[str, dict[str, Any]]:
     """`shared` of several cases, one after the other in the same processes."""
-    if environment:  # of a group that no launcher started
-        os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(dist.get_rank()), RANK=str(dist.get_rank()),
-                          WORLD_SIZE=str(dist.get_world_size()))
     return {name: shared(CASES[name]) for name in names}
+
+
+def set_environment() -> None:
+    """What a launcher would have told this process of a group."""
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(dist.get_rank()), RANK=str(dist.get_rank()),
+                      WORLD_SIZE=str(dist.get_world_size()))
+
+
+def on_two_ranks(names: list[str], folder: str) -> tuple[Any, Any]:
+    """All that the tests want from two ranks."""
+    set_environment()
+    return run_cases(names), save_runs(folder)
+
+
+def on_more_or_less(names: list[str], folder: str) -> tuple[Any, Any]:
+    """All that they want from another number of ranks, after `on_two_ranks`."""
+    set_environment()
+    return run_cases(names), resume_runs(folder)
 
 
 def main() -> None:
     from muse_dist.deepspeed_ranks import leave_processes
 
     torch.set_num_threads(1)
-    for name, found in run_cases(sys.argv[2:], environment=False).items():
+    for name, found in run_cases(sys.argv[2:]).items():
         if dist.get_rank() == 0:
             torch.save(found, Path(sys.argv[1], f"{name}.pt"))
     leave_processes()

@@ -2,13 +2,17 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 pytest.importorskip("deepspeed")
 
-from tests.deepspeed_runs import CASES, CASES_OF_FOUR, Case, alone, run_cases
+from muse_dist.deepspeed_checkpoint import RESHARD
+from tests.deepspeed_runs import CASES, CASES_OF_FOUR, STEPS, Case, alone, on_more_or_less, on_two_ranks
 from tests.ranks import run_ranks
 
 TWO = [name for name in CASES if name not in CASES_OF_FOUR]
@@ -21,26 +25,58 @@ def one(model, accumulation, clip, data_size=1):
 
 
 @pytest.fixture(scope="module")
-def two():
-    """What both ranks found, by name of the case: one set of processes for all cases."""
-    return run_ranks(2, run_cases, TWO, limit=200)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
 
 
 @pytest.fixture(scope="module")
-def four():
-    return run_ranks(4, run_cases, list(CASES_OF_FOUR), limit=200)
+def two(folder):
+    """What both ranks found: one set of processes for all cases."""
+    return run_ranks(2, on_two_ranks, TWO, str(folder), limit=250)
+
+
+@pytest.fixture(scope="module")
+def converted(two, folder):
+    """The folder of the checkpoints that two ranks wrote, made universal where ZeRO sharded them."""
+    for stage in (1, 2, 3):
+        command = RESHARD.format(folder=folder / str(stage), tag="global_step3").split(", and")[0]
+        subprocess.run([sys.executable, *command.split()[1:]], check=True, capture_output=True,
+                       env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def four(converted):
+    return run_ranks(4, on_more_or_less, list(CASES_OF_FOUR), converted, limit=250)
+
+
+@pytest.fixture(scope="module")
+def single(converted):
+    return run_ranks(1, on_more_or_less, [], converted, limit=250)
 
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_ranks_train_as_one_process(two, name):
     case = CASES[name]
-    check([rank[name] for rank in two], one(case.model, case.accumulation, case.clip))
+    check([cases[name] for cases, _ in two], one(case.model, case.accumulation, case.clip))
 
 
 @pytest.mark.parametrize("name", CASES_OF_FOUR)
 def test_four_ranks_train_as_one_process(four, name):
     case = CASES[name]
-    check([rank[name] for rank in four], one(case.model, case.accumulation, case.clip, 4 // case.context))
+    check([cases[name] for cases, _ in four], one(case.model, case.accumulation, case.clip, 4 // case.context))
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_run_of_two_ranks_goes_on_with_another_number(two, request, ranks, stage):
+    wanted = two[0][1][stage]
+    for _, (found, problem) in request.getfixturevalue("single" if ranks == 1 else "four"):
+        assert found[stage]["state"] == {"sequences": 17}
+        assert found[stage]["steps"] == 2 * STEPS
+        assert found[stage]["rate"] == pytest.approx(wanted["rate"])
+        check([found[stage]], wanted)
+        assert "another number of ranks" in problem and "ds_to_universal --input_folder" in problem
 
 
 def check(found, wanted):
