@@ -119,7 +119,8 @@ def test_sigterm_is_noted_and_the_old_answer_comes_back():
 def test_a_hanging_process_shows_its_stack_and_ends(hang, told):
     code = ("import ctypes, time\nfrom launch import guard\n"
             "def stuck():\n    " + hang + "\n"
-            "dog = guard.Watchdog(0.5, 3, reserve=0.5)\nfor _ in range(3):\n    dog.feed('step 6')\n    time.sleep(0.3)\n"
+            "dog = guard.Watchdog(0.5, 3, reserve=0.5)\n"
+            "for _ in range(3):\n    dog.feed('step 6')\n    time.sleep(0.3)\n"
             "dog.feed('step 7')\nstuck()\n")
     result = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=50, check=False)
     assert result.returncode == (70 if told else 1)

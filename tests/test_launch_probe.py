@@ -118,7 +118,7 @@ def test_layers_are_spread_evenly():
     assert sampled_layers(2, 5) == [0, 1] and sampled_layers(7, 1) == [0]
 
 
-# ------------------------------------------------------------------------------------------------------ cost and logging
+# ----------------------------------------------------------------------------------------------------- cost and logging
 
 
 def test_keys_read_are_those_the_method_reads():
@@ -135,7 +135,8 @@ def test_a_step_needs_six_operations_a_weight_and_token():
     shape = ModelConfig(layers=2, width=64, heads=4, kv_heads=2, mlp=128)
     engine = TorchEngine(dataclasses.replace(CONFIG, model=shape), Ranks(0, 1, CPU, "zigzag"), 257)
     matrices = sum(p.numel() for p in engine.model.parameters() if p.ndim == 2)
-    attention = 3 * 2 * 2 * 16 * 4 * 2 * 64 * 1000  # 3 passes, 2 products, 2 FLOP, head dim, heads, layers, keys, tokens
+    # Passes, products, operations, head dim, heads, layers, keys, tokens.
+    attention = 3 * 2 * 2 * 16 * 4 * 2 * 64 * 1000
     assert flops.step_flops(shape, 257, 1000, 128, None) == 6 * matrices * 1000 + attention
     assert flops.step_flops(shape, 257, 1000, 128, MUSE) < flops.step_flops(shape, 257, 1000, 128, None)
 
