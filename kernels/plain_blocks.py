@@ -41,6 +41,7 @@ class Sight(NamedTuple):
     key: Tensor  # int32 [c] place of every key block
     halo: int  # blocks next to the own one that the near field reads
     causal: bool  # only earlier blocks are seen
+    gaps: bool = True  # whether a query block may miss a key block that stands between two it sees; False if none does
 
 
 def seen_blocks(sight: Sight) -> Tensor:
@@ -68,13 +69,15 @@ def moments(
 
 
 def moments_backward(
-    grad: Moments, anchor: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, valid: Tensor | None = None
+    grad: Moments, anchor: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, valid: Tensor | None = None,
+    total: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients (dk, dv) [B, K, J, m, D] of `moments`, given those of its results. Anchors are constants.
 
     Args:
         grad: gradients in the shapes of the moments; read only where a block sees a leaf.
         anchor, k, v, sight, scale, valid: as in `moments`.
+        total: if given, the gradients are added to these, in place and in their dtype, and these returned.
     """
     work = _work(k)
     anchor, keys, values = (x.to(work) for x in (anchor, k, v))
@@ -82,10 +85,10 @@ def moments_backward(
     for i, seen in enumerate(_seen_leaves(sight, k.shape[2])):
         here = _only(Moments(*(x[:, :, i].to(work) for x in grad)), seen)
         out = reference.moments(anchor[:, :, i], keys, values, scale, valid)
-        for total, part in zip((dk, dv), reference.moments_backward(
+        for whole, part in zip((dk, dv), reference.moments_backward(
                 here, anchor[:, :, i], keys, values, out, scale, valid)):
-            total += part
-    return dk.to(k.dtype), dv.to(v.dtype)
+            whole += part
+    return _add_to(total, dk, dv) or (dk.to(k.dtype), dv.to(v.dtype))
 
 
 def far_field(
@@ -121,20 +124,22 @@ def far_field(
 def far_field_backward(
     dout: Tensor, q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None,
     lse: Tensor, delta: Tensor, sight: Sight, scale: float, trace: bool, valid: Tensor | None = None,
-    use: Tensor | None = None,
+    use: Tensor | None = None, total: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Moments, Tensor | None, Tensor | None]:
     """Gradients of `far_field` for q, for the moments, and for k and v as far as they were opened.
 
     Args:
         dout: [B, K, n, U, g, D]; lse, delta: fp32 [B, K, n, U, g] of the merged softmax, where lse = inf takes a row
             out; the others as in `far_field`.
+        total: if given, dk and dv are added to these, in place and in their dtype, and these returned.
     Returns:
         dq, the gradients of the moments [B, K, n, A, J, ...] (those of leaves out of sight are unspecified; with `use`,
         each part's share of its anchor's), dk and dv (None without opened leaves).
     """
     work = _work(q)
     dq = torch.zeros_like(q, dtype=work)
-    dk, dv = (None if opened is None or x is None else torch.zeros_like(x, dtype=work) for x in (k, v))
+    some = opened is not None and opened.shape[-1] > 0
+    dk, dv = (torch.zeros_like(x, dtype=work) if some and x is not None else None for x in (k, v))
     grads = []
     for i, seen in enumerate(_seen_leaves(sight, leaf.mass.shape[-1])):
         rows, about, here, choice, hidden = _block(i, seen, q, anchor, leaf, opened, use)
@@ -149,7 +154,9 @@ def far_field_backward(
             dk, dv = dk + d_leaves[0], dv + d_leaves[1]
     mass, key, value, d_trace = (torch.stack(x, 2) for x in zip(*grads))
     moment_grads = Moments(mass, key.to(q.dtype), value.to(q.dtype), d_trace)
-    return dq.to(q.dtype), moment_grads, _rounded(dk, q), _rounded(dv, q)
+    if dk is None or dv is None:
+        return dq.to(q.dtype), moment_grads, *(total or (None, None))
+    return dq.to(q.dtype), moment_grads, *(_add_to(total, dk, dv) or (dk.to(q.dtype), dv.to(q.dtype)))
 
 
 def _block(
@@ -177,8 +184,11 @@ def _work(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _rounded(x: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if x is None else x.to(like.dtype)
+def _add_to(total: tuple[Tensor, Tensor] | None, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Add gradients to `total` in place, if it is given."""
+    for whole, part in zip(total or (), (dk, dv)):
+        whole += part
+    return total
 
 
 def _seen_leaves(sight: Sight, leaves: int) -> Tensor:

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import torch
 
-from muse_dist.kernels.plain_blocks import Moments, Sight
+from muse_dist.kernels.plain_blocks import Moments, Sight, seen_blocks
+from muse_dist.kernels.triton_bisection import bisect
+from muse_dist.kernels.triton_clustering import gather_rows, principal_axes, project, scatter_rows
 from muse_dist.kernels.triton_far import far_field
 from muse_dist.kernels.triton_far_backward import far_field_backward
+from muse_dist.kernels.triton_merge import merge
 from muse_dist.kernels.triton_moments import moments, moments_backward
+from muse_dist.kernels.triton_near import near_field, near_field_backward
+from muse_dist.kernels.triton_open import open_leaves
 from muse_dist.kernels.triton_rows import mean_rows, row_dots
 
 __all__ = [
     "Moments", "Sight", "bisect", "far_field", "far_field_backward", "gather_rows", "mean_rows", "merge", "moments",
     "moments_backward", "near_field", "near_field_backward", "open_leaves", "principal_axes", "project", "row_dots",
-    "scatter_rows", "working_dtype",
+    "scatter_rows", "seen_blocks", "working_dtype",
 ]
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muse_dist.kernels.limits import DTYPES, MOST_DIM, largest_leaf, padded
-from muse_dist.kernels.plain_blocks import Sight, seen_blocks
+from muse_dist.kernels.plain_blocks import Sight
 
 LOG2E = tl.constexpr(1.4426950408889634)
 PRECISION = tl.constexpr("tf32x3")  # of fp32 products, right to about 1e-6; plain fp32 takes no tensor cores and spills
@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     """Launch shape of a kernel."""
 
     rows: int  # query rows or anchors in a tile, a power of two >= 16
-    keys: int  # keys or leaves in a tile, a power of two from 16 to 64
+    keys: int  # keys or leaves in a tile, a power of two >= 16
     warps: int  # 4, or 8 for head dims above 16; 8 make tiles of 16 rows or keys ones of 32, see `side`
     stages: int  # tiles in flight
 
@@ -38,6 +38,14 @@ def forward_tile(dim: int, dtype: torch.dtype) -> Tile:
     return Tile(64, 32, 4, 2) if row_bytes <= 512 else Tile(32, 16, 4, 1)
 
 
+class BackwardTiles(NamedTuple):
+    """Launch shapes of the three kernels of the far field's backward."""
+
+    query: Tile  # gradients of the queries
+    moment: Tile  # gradients of the moments
+    opened: Tile  # gradients of the opened keys; its rows may be those of several groups
+
+
 def backward_tile(dim: int, dtype: torch.dtype) -> Tile:
     """Pinned tile of the backward kernels for head dim `dim`."""
     row_bytes = padded(dim) * dtype.itemsize
@@ -46,6 +54,11 @@ def backward_tile(dim: int, dtype: torch.dtype) -> Tile:
     if row_bytes <= 256:
         return Tile(64, 64, 8, 2)
     return Tile(32, 32, 4, 1) if row_bytes <= 512 else Tile(16, 16, 4, 1)
+
+
+def backward_tiles(dim: int, dtype: torch.dtype) -> BackwardTiles:
+    """Pinned tiles of the far field's backward for head dim `dim`."""
+    return BackwardTiles(*[backward_tile(dim, dtype)] * 3)
 
 
 def side(size: int, most: int, warps: int) -> int:
@@ -93,23 +106,49 @@ def keep_heads(x: Tensor) -> tuple[Tensor, int]:
     return x, step // leaf
 
 
+def in_place(x: Tensor) -> tuple[Tensor, int]:
+    """`keep_heads` of leaves that a kernel writes to, which must not be a copy."""
+    kept, held = keep_heads(x)
+    assert kept is x, "gradients are added to the first leaves of whole tensors"
+    return kept, held
+
+
 def leaf_span(sight: Sight, per_block: int) -> Tensor:
     """int32 [n, 2]: the first leaf that a query block sees, and the one behind the last."""
-    return _span(seen_blocks(sight)) * per_block
+    return _spans(sight, False, per_block)
 
 
 def anchor_span(sight: Sight, per_block: int) -> Tensor:
     """int32 [c, 2]: the first anchor that sees a key block, counted through all blocks, and the one behind the last."""
-    return _span(seen_blocks(sight).T) * per_block
+    return _spans(sight, True, per_block)
 
 
-def _span(seen: Tensor) -> Tensor:
-    """First and one behind the last True of every row of bool [x, y]; 0 and 0 where there is none. No host sync."""
-    count = seen.shape[1]
-    place = torch.arange(count, device=seen.device, dtype=torch.int32)
-    last = torch.where(seen, place + 1, 0).amax(1)
-    first = torch.where(seen, place, count).amin(1)
-    return torch.stack([torch.minimum(first, last), last], 1)
+def _spans(sight: Sight, of_keys: bool, per_block: int) -> Tensor:
+    """int32 [blocks, 2]: from the first to behind the last block in sight of each, times per_block; 0 and 0 if none."""
+    of, over = (sight.key, sight.query) if of_keys else (sight.query, sight.key)
+    out = torch.empty((of.shape[0], 2), dtype=torch.int32, device=of.device)
+    _span_kernel[(of.shape[0],)](
+        of, over, out, over.shape[0], sight.halo, per_block, CAUSAL=sight.causal, OF_KEYS=of_keys,
+        COUNT=padded(over.shape[0]))
+    return out
+
+
+@triton.jit
+def _span_kernel(of, over, out, count, halo, per_block, CAUSAL: tl.constexpr, OF_KEYS: tl.constexpr,
+                 COUNT: tl.constexpr):
+    row = tl.program_id(0)
+    here = tl.load(of + row)
+    place = tl.arange(0, COUNT)
+    other = tl.load(over + place, mask=place < count, other=0)
+    if OF_KEYS:
+        ok = sees(other, here, halo, CAUSAL)
+    else:
+        ok = sees(here, other, halo, CAUSAL)
+    ok = ok & (place < count)
+    last = tl.max(tl.where(ok, place + 1, 0), 0)
+    first = tl.min(tl.where(ok, place, last), 0)
+    tl.store(out + 2 * row, tl.minimum(first, last) * per_block)
+    tl.store(out + 2 * row + 1, last * per_block)
 
 
 @triton.jit
@@ -137,6 +176,14 @@ def store_rows(pointer, row, ok, x, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
     if DIM != DIM_PAD:
         mask = mask & (column < DIM)[None, :]
     tl.store(pointer + row[:, None] * DIM + column[None, :], x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_rows(pointer, row, ok, x, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ADD: tl.constexpr):
+    """`store_rows`, or if ADD add to what is there, which no other program writes."""
+    if ADD:
+        x += load_rows(pointer, row, ok, DIM, DIM_PAD).to(tl.float32)
+    store_rows(pointer, row, ok, x, DIM, DIM_PAD)
 
 
 @triton.jit

@@ -37,11 +37,11 @@ def far_field(
         nothing.
     """
     tile = forward_tile(q.shape[-1], q.dtype) if tile is None else tile
-    call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, use, tile)
+    call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, use)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    _forward[call.by_group](
-        *call.tensors, leaf_span(sight, call.per_block), out, lse, *call.numbers, **call.constants)
+    grid, constants = call.launch(tile)
+    _forward[grid](*call.tensors, leaf_span(sight, call.per_block), out, lse, *call.numbers, **constants)
     return out, lse
 
 
@@ -50,7 +50,7 @@ class FarCall:
 
     def __init__(
         self, q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None,
-        sight: Sight, scale: float, trace: bool, valid: Tensor | None, use: Tensor | None, tile: Tile,
+        sight: Sight, scale: float, trace: bool, valid: Tensor | None, use: Tensor | None,
     ) -> None:
         blocks, groups, size, dim = q.shape[2:]
         leaves = leaf.mass.shape[-1]
@@ -68,16 +68,23 @@ class FarCall:
             q, anchor, _shift(anchor, leaf, sight, scale), leaf.key, leaf.value, leaf.trace if trace else None,
             k if slots else None, v if slots else None, flags(valid),
             None if opened is None or not slots else opened.contiguous(),
+            None if opened is None or not slots else _hidden(opened.contiguous(), leaves),
             None if use is None else use.contiguous(), sight.query, sight.key)
         self.numbers = (scale, blocks, groups, leaves, held, leaf.mass.shape[2] if use is not None else 0, sight.halo)
-        rows, columns = side(size, tile.rows, tile.warps), side(tile.keys, tile.keys, tile.warps)
-        self.row_tiles = -(-size // rows)
-        self.by_group = (blocks * groups * self.row_tiles, q.shape[0] * q.shape[1])
+        self.shape = q.shape
         self.constants = {
             "SIZE": size, "PARTS": self.parts, "PER_BLOCK": self.per_block, "LEAF": keys, "SLOTS": slots, "DIM": dim,
-            "CAUSAL": sight.causal, "TRACE": trace, "HAS_VALID": valid is not None, "SHARED": use is not None,
-            "ROWS": rows, "LEAVES": columns, "KEYS": side(keys, tile.keys, tile.warps), "SLOTS_PAD": padded(slots),
-            "DIM_PAD": padded(dim), "num_warps": tile.warps, "num_stages": tile.stages}
+            "CAUSAL": sight.causal, "GAPS": sight.gaps, "TRACE": trace, "HAS_VALID": valid is not None,
+            "SHARED": use is not None, "DIM_PAD": padded(dim)}
+
+    def launch(self, tile: Tile) -> tuple[tuple[int, int], dict[str, int | bool]]:
+        """Grid of a program for every tile of a group's rows, and the compile-time arguments."""
+        batch, heads, blocks, groups, size = self.shape[:5]
+        rows = side(size, tile.rows, tile.warps)
+        keys = self.constants["LEAF"] * max(1, self.constants["SLOTS"])
+        return (blocks * groups * -(-size // rows), batch * heads), {
+            **self.constants, "ROWS": rows, "LEAVES": side(tile.keys, tile.keys, tile.warps),
+            "KEYS": side(keys, tile.keys, tile.warps), "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _shift(anchor: Tensor, leaf: Moments, sight: Sight, scale: float) -> Tensor:
@@ -121,31 +128,58 @@ def anchor_of(use, part, batch, anchors, SHARED: tl.constexpr):
     return source
 
 
-@triton.jit
-def opened_bits(opened, start, COUNT: tl.constexpr):
-    """int64 whose bit i says whether leaf start + i, i < COUNT <= 64, is among the different leaves `opened`."""
-    place = opened.to(tl.int64) - start
-    inside = (place >= 0) & (place < COUNT)
-    return tl.sum(tl.where(inside, 1, 0).to(tl.int64) << tl.where(inside, place, 0), 0)
+def _hidden(opened: Tensor, leaves: int) -> Tensor:
+    """uint8 [B, K, n, U, J]: 1 for the leaves that a group has opened, which its far field leaves out."""
+    groups, slots = opened.shape[:4].numel(), opened.shape[4]
+    hidden = torch.empty((*opened.shape[:4], leaves), dtype=torch.uint8, device=opened.device)
+    _hidden_kernel[groups, -(-leaves // 1024)](
+        opened, hidden, leaves, SLOTS=slots, COUNT=min(1024, padded(leaves)))
+    return hidden
 
 
 @triton.jit
-def shown_leaves(leaf, start, stop, query_id, key_ids, opened, halo, PER_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
-                 SLOTS: tl.constexpr, COUNT: tl.constexpr):
-    """Which of the leaves start to start + COUNT - 1 a group sees through their moments."""
-    ok = leaf < stop
-    ok = ok & sees(query_id, tl.load(key_ids + leaf // PER_BLOCK, mask=ok, other=0), halo, CAUSAL)
-    if SLOTS > 0:
-        bits = opened_bits(opened, start, COUNT)
-        ok = ok & (((bits >> (leaf - start).to(tl.int64)) & 1) == 0)
+def _hidden_kernel(opened, hidden, leaves, SLOTS: tl.constexpr, COUNT: tl.constexpr):
+    group = tl.program_id(0).to(tl.int64)
+    leaf = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
+    result = tl.zeros((COUNT,), tl.int1)
+    for slot in range(SLOTS):
+        result = result | (leaf == tl.load(opened + group * SLOTS + slot))
+    tl.store(hidden + group * leaves + leaf, result.to(tl.uint8), mask=leaf < leaves)
+
+
+@triton.jit
+def seen_leaves(leaf, start, stop, query_id, key_ids, halo, PER_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+                GAPS: tl.constexpr):
+    """Which of some leaves a query block sees; start and stop are its `leaf_span`."""
+    ok = (leaf >= start) & (leaf < stop)
+    if GAPS:
+        ok = ok & sees(query_id, tl.load(key_ids + leaf // PER_BLOCK, mask=ok, other=0), halo, CAUSAL)
     return ok
 
 
 @triton.jit
-def load_slots(opened, at, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr):
-    """Opened leaves [SLOTS_PAD] of group `at`; -1 in empty slots."""
-    slot = tl.arange(0, SLOTS_PAD)
-    return tl.load(opened + at * SLOTS + slot, mask=slot < SLOTS, other=-1)
+def opened_keys(opened, valid, turn, held_from, SLOTS: tl.constexpr, LEAF: tl.constexpr, KEYS: tl.constexpr,
+                HAS_VALID: tl.constexpr):
+    """Tile `turn` of the keys of a group's opened leaves: their rows among all keys, and which exist.
+
+    A tile is part of a leaf or, where leaves are shorter than tiles, holds several.
+    """
+    if KEYS <= LEAF:
+        tiles: tl.constexpr = (LEAF + KEYS - 1) // KEYS
+        leaf = tl.load(opened + turn // tiles).to(tl.int64)
+        place = turn % tiles * KEYS + tl.arange(0, KEYS)
+        ok = place < tl.where(leaf >= 0, LEAF, 0)
+    else:
+        each: tl.constexpr = KEYS // LEAF
+        lane = tl.arange(0, KEYS)
+        slot = turn * each + lane // LEAF
+        ok = (slot < SLOTS) & (lane < each * LEAF)
+        leaf = tl.load(opened + slot, mask=ok, other=-1).to(tl.int64)
+        place = lane % LEAF
+        ok = ok & (leaf >= 0)
+    if HAS_VALID:
+        ok = ok & (tl.load(valid + leaf * LEAF + place, mask=ok, other=0) != 0)
+    return (held_from + leaf) * LEAF + place, ok
 
 
 @triton.jit
@@ -167,11 +201,11 @@ def squared_steps(rows, about):
 
 
 @triton.jit
-def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, use, query_ids, key_ids, span, out, lse, scale,
-             blocks, groups, leaves, held, anchors, halo, SIZE: tl.constexpr, PARTS: tl.constexpr,
+def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, hidden, use, query_ids, key_ids, span, out, lse,
+             scale, blocks, groups, leaves, held, anchors, halo, SIZE: tl.constexpr, PARTS: tl.constexpr,
              PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
-             CAUSAL: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr, SHARED: tl.constexpr,
-             ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr, SLOTS_PAD: tl.constexpr,
+             CAUSAL: tl.constexpr, GAPS: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr,
+             SHARED: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr,
              DIM_PAD: tl.constexpr):
     row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     batch = tl.program_id(1).to(tl.int64)
@@ -185,9 +219,6 @@ def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, use, quer
     source = anchor_of(use, part, batch, anchors, SHARED)
     query_id = tl.load(query_ids + block)
     scale2 = scale * LOG2E
-    slots = 0
-    if SLOTS > 0:
-        slots = load_slots(opened, at, SLOTS, SLOTS_PAD)
     if TRACE:
         about = load_vector(anchor + source * DIM, DIM, DIM_PAD)
         square = squared_steps(rows, about) * (0.5 * scale * scale2)
@@ -195,31 +226,31 @@ def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, use, quer
     total_out = tl.zeros((ROWS, DIM_PAD), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    begin = tl.load(span + 2 * block)
     stop = tl.load(span + 2 * block + 1)
-    for start in range(tl.load(span + 2 * block), stop, LEAVES):
+    for start in range(begin, stop, LEAVES):
         leaf = start + tl.arange(0, LEAVES)
-        ok = shown_leaves(leaf, start, stop, query_id, key_ids, slots, halo, PER_BLOCK, CAUSAL, SLOTS, LEAVES)
+        ok = seen_leaves(leaf, begin, stop, query_id, key_ids, halo, PER_BLOCK, CAUSAL, GAPS)
         mean_key = load_rows(key + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
         logit = tl.dot(rows, tl.trans(mean_key), input_precision=PRECISION) * scale2
         logit += tl.load(shift + source * leaves + leaf, mask=ok, other=float("-inf"))[None, :]
         if TRACE:
             spread = tl.load(trace + source * leaves + leaf, mask=ok, other=0.0)
             logit += square[:, None] * spread[None, :]
+        if SLOTS > 0:  # masks of the loads do not wait for this one
+            shown = tl.load(hidden + at * leaves + leaf, mask=ok, other=1) == 0
+            logit = tl.where(shown[None, :], logit, float("-inf"))
         mean_value = load_rows(value + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
         total_out, top, total = _absorb(total_out, top, total, logit, mean_value)
     if SLOTS > 0:
-        key_tiles: tl.constexpr = (LEAF + KEYS - 1) // KEYS
-        for turn in range(SLOTS * key_tiles):
-            leaf_id = tl.load(opened + at * SLOTS + turn // key_tiles).to(tl.int64)
-            place = turn % key_tiles * KEYS + tl.arange(0, KEYS)
-            ok = place < tl.where(leaf_id >= 0, LEAF, 0)
-            if HAS_VALID:
-                ok = ok & (tl.load(valid + leaf_id * LEAF + place, mask=ok, other=0) != 0)
-            first = (batch * held + leaf_id) * LEAF * DIM
-            keys = load_rows(k + first, place, ok, DIM, DIM_PAD)
+        key_tiles: tl.constexpr = SLOTS * ((LEAF + KEYS - 1) // KEYS) if KEYS <= LEAF else (
+            (SLOTS + KEYS // LEAF - 1) // (KEYS // LEAF))
+        for turn in range(key_tiles):
+            key_row, ok = opened_keys(opened + at * SLOTS, valid, turn, batch * held, SLOTS, LEAF, KEYS, HAS_VALID)
+            keys = load_rows(k, key_row, ok, DIM, DIM_PAD)
             logit = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale2
             logit = tl.where(ok[None, :], logit, float("-inf"))
-            values = load_rows(v + first, place, ok, DIM, DIM_PAD)
+            values = load_rows(v, key_row, ok, DIM, DIM_PAD)
             total_out, top, total = _absorb(total_out, top, total, logit, values)
     result = total_out / tl.where(total > 0, total, 1.0)[:, None]
     store_rows(out + at * SIZE * DIM, row, inside, result, DIM, DIM_PAD)

@@ -13,45 +13,46 @@ from torch import Tensor
 from muse_dist.kernels.leaf_readers import leaf_readers
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
-    LOG2E, PRECISION, Tile, backward_tile, leaf_span, load_base2, load_rows, load_vector, store_rows,
+    LOG2E, PRECISION, BackwardTiles, backward_tiles, leaf_span, load_base2, load_rows, load_vector, store_rows,
 )
-from muse_dist.kernels.triton_far import FarCall, anchor_of, load_slots, opened_bits, shown_leaves, squared_steps
+from muse_dist.kernels.triton_far import FarCall, anchor_of, opened_keys, seen_leaves, squared_steps
 from muse_dist.kernels.triton_opened_backward import opened_backward
 
 
 def far_field_backward(
     dout: Tensor, q: Tensor, anchor: Tensor, leaf: Moments, k: Tensor | None, v: Tensor | None, opened: Tensor | None,
     lse: Tensor, delta: Tensor, sight: Sight, scale: float, trace: bool, valid: Tensor | None = None,
-    use: Tensor | None = None, *, tile: Tile | None = None,
+    use: Tensor | None = None, total: tuple[Tensor, Tensor] | None = None, *, tile: BackwardTiles | None = None,
 ) -> tuple[Tensor, Moments, Tensor | None, Tensor | None]:
     """Gradients of `far_field` for q, for the moments, and for k and v as far as they were opened.
 
     Args:
         dout: [B, K, n, U, g, D]; lse, delta: fp32 [B, K, n, U, g] of the merged softmax, where lse = inf takes a row
             out; the others as in `far_field`.
+        total: if given, dk and dv are added to these, in place and in their dtype, and these returned.
     Returns:
         dq, the gradients of the moments [B, K, n, A, J, ...] (those of leaves out of sight are not written; with `use`,
         each part's share of its anchor's), dk and dv (None without opened leaves).
     """
-    tile = backward_tile(q.shape[-1], q.dtype) if tile is None else tile
-    call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, use, tile)
+    tile = backward_tiles(q.shape[-1], q.dtype) if tile is None else tile
+    call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, use)
     dout, lse, delta = dout.contiguous(), lse.contiguous(), delta.contiguous()
     span = leaf_span(sight, call.per_block)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     square = torch.empty(lse.shape, dtype=torch.float32, device=q.device) if trace else None
-    _query_backward[call.by_group](
-        *call.tensors, span, dout, lse, delta, dq, square, *call.numbers, **call.constants)
+    grid, constants = call.launch(tile.query)
+    _query_backward[grid](*call.tensors, span, dout, lse, delta, dq, square, *call.numbers, **constants)
     shape = (*q.shape[:3], call.parts, leaf.mass.shape[-1])
     grad = Moments(*(torch.empty((*shape, *x.shape[leaf.mass.dim():]), dtype=x.dtype, device=x.device) for x in leaf))
     if not trace:
         grad.trace.zero_()
-    tiles = -(-shape[-1] // call.constants["LEAVES"])
-    _moment_backward[tiles, q.shape[2] * call.parts, q.shape[0] * q.shape[1]](
-        *call.tensors, span, dout, lse, delta, square, *grad, *call.numbers, **call.constants)
-    if k is None or v is None or opened is None:
-        return dq, grad, None, None
+    _, constants = call.launch(tile.moment)
+    _moment_backward[-(-shape[-1] // constants["LEAVES"]), q.shape[2] * call.parts, q.shape[0] * q.shape[1]](
+        *call.tensors, span, dout, lse, delta, square, *grad, *call.numbers, **constants)
+    if k is None or v is None or opened is None or not opened.shape[-1]:
+        return dq, grad, *(total or (None, None))
     readers = leaf_readers(opened.reshape(q.shape[0] * q.shape[1], -1, opened.shape[-1]), k.shape[2])
-    dk, dv = opened_backward(dout, q, k, v, lse, delta, readers, scale, valid, tile)
+    dk, dv = opened_backward(dout, q, k, v, lse, delta, readers, scale, valid, tile.opened, total)
     return dq, grad, dk, dv
 
 
@@ -64,12 +65,12 @@ def _query_step(dq, logit, base, rows_up, delta, keys, values):
 
 
 @triton.jit
-def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, use, query_ids, key_ids, span, dout,
-                    lse, delta, dq, squares, scale, blocks, groups, leaves, held, anchors, halo,
+def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, hidden, use, query_ids, key_ids, span,
+                    dout, lse, delta, dq, squares, scale, blocks, groups, leaves, held, anchors, halo,
                     SIZE: tl.constexpr, PARTS: tl.constexpr,
                     PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
-                    CAUSAL: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr, SHARED: tl.constexpr,
-                    ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr, SLOTS_PAD: tl.constexpr,
+                    CAUSAL: tl.constexpr, GAPS: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr,
+                    SHARED: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr,
                     DIM_PAD: tl.constexpr):
     row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     batch = tl.program_id(1).to(tl.int64)
@@ -86,9 +87,6 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, us
     source = anchor_of(use, part, batch, anchors, SHARED)
     query_id = tl.load(query_ids + block)
     scale2 = scale * LOG2E
-    slots = 0
-    if SLOTS > 0:
-        slots = load_slots(opened, at, SLOTS, SLOTS_PAD)
     if TRACE:
         about = load_vector(anchor + source * DIM, DIM, DIM_PAD)
         square = squared_steps(rows, about)
@@ -97,10 +95,11 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, us
         outward = tl.zeros((ROWS,), tl.float32)
 
     grad = tl.zeros((ROWS, DIM_PAD), tl.float32)
+    begin = tl.load(span + 2 * block)
     stop = tl.load(span + 2 * block + 1)
-    for start in range(tl.load(span + 2 * block), stop, LEAVES):
+    for start in range(begin, stop, LEAVES):
         leaf = start + tl.arange(0, LEAVES)
-        ok = shown_leaves(leaf, start, stop, query_id, key_ids, slots, halo, PER_BLOCK, CAUSAL, SLOTS, LEAVES)
+        ok = seen_leaves(leaf, begin, stop, query_id, key_ids, halo, PER_BLOCK, CAUSAL, GAPS)
         mean_key = load_rows(key + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
         mean_value = load_rows(value + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
         logit = tl.dot(rows, tl.trans(mean_key), input_precision=PRECISION) * scale2
@@ -108,20 +107,19 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, us
         if TRACE:
             spread = tl.load(trace + source * leaves + leaf, mask=ok, other=0.0)
             logit += square[:, None] * spread[None, :]
+        if SLOTS > 0:  # masks of the loads do not wait for this one
+            shown = tl.load(hidden + at * leaves + leaf, mask=ok, other=1) == 0
+            logit = tl.where(shown[None, :], logit, float("-inf"))
         grad, d_logit = _query_step(grad, logit, base, rows_up, shared, mean_key, mean_value)
         if TRACE:
             outward += tl.sum(d_logit * spread[None, :], 1)
     if SLOTS > 0:
-        key_tiles: tl.constexpr = (LEAF + KEYS - 1) // KEYS
-        for turn in range(SLOTS * key_tiles):
-            leaf_id = tl.load(opened + at * SLOTS + turn // key_tiles).to(tl.int64)
-            place = turn % key_tiles * KEYS + tl.arange(0, KEYS)
-            ok = place < tl.where(leaf_id >= 0, LEAF, 0)
-            if HAS_VALID:
-                ok = ok & (tl.load(valid + leaf_id * LEAF + place, mask=ok, other=0) != 0)
-            first = (batch * held + leaf_id) * LEAF * DIM
-            keys = load_rows(k + first, place, ok, DIM, DIM_PAD)
-            values = load_rows(v + first, place, ok, DIM, DIM_PAD)
+        key_tiles: tl.constexpr = SLOTS * ((LEAF + KEYS - 1) // KEYS) if KEYS <= LEAF else (
+            (SLOTS + KEYS // LEAF - 1) // (KEYS // LEAF))
+        for turn in range(key_tiles):
+            key_row, ok = opened_keys(opened + at * SLOTS, valid, turn, batch * held, SLOTS, LEAF, KEYS, HAS_VALID)
+            keys = load_rows(k, key_row, ok, DIM, DIM_PAD)
+            values = load_rows(v, key_row, ok, DIM, DIM_PAD)
             logit = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale2
             logit = tl.where(ok[None, :], logit, float("-inf"))
             grad, d_logit = _query_step(grad, logit, base, rows_up, shared, keys, values)
@@ -132,24 +130,25 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, us
 
 
 @triton.jit
-def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, use, query_ids, key_ids, span, dout,
-                     lse, delta, squares, d_mass, d_key, d_value, d_trace, scale, blocks, groups, leaves, held,
+def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, hidden, use, query_ids, key_ids, span,
+                     dout, lse, delta, squares, d_mass, d_key, d_value, d_trace, scale, blocks, groups, leaves, held,
                      anchors, halo, SIZE: tl.constexpr, PARTS: tl.constexpr,
                      PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
-                     CAUSAL: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr, SHARED: tl.constexpr,
-                     ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr, SLOTS_PAD: tl.constexpr,
+                     CAUSAL: tl.constexpr, GAPS: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr,
+                     SHARED: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr,
                      DIM_PAD: tl.constexpr):
     start = tl.program_id(0) * LEAVES
     batch = tl.program_id(2).to(tl.int64)
     block = blocks - 1 - tl.program_id(1) // PARTS
+    begin = tl.load(span + 2 * block)
     stop = tl.load(span + 2 * block + 1)
-    if (start >= stop) | (start + LEAVES <= tl.load(span + 2 * block)):
+    if (start >= stop) | (start + LEAVES <= begin):
         return
     nth = tl.program_id(1) % PARTS
     part = (batch * blocks + block) * PARTS + nth
     source = anchor_of(use, part, batch, anchors, SHARED)
     leaf = start + tl.arange(0, LEAVES)
-    seen = shown_leaves(leaf, start, stop, tl.load(query_ids + block), key_ids, 0, halo, PER_BLOCK, CAUSAL, 0, LEAVES)
+    seen = seen_leaves(leaf, begin, stop, tl.load(query_ids + block), key_ids, halo, PER_BLOCK, CAUSAL, GAPS)
     mean_key = load_rows(key + source * leaves * DIM, leaf, seen, DIM, DIM_PAD)
     mean_value = load_rows(value + source * leaves * DIM, leaf, seen, DIM, DIM_PAD)
     offset = tl.load(shift + source * leaves + leaf, mask=seen, other=float("-inf"))
@@ -175,9 +174,8 @@ def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, u
             square = tl.load(squares + at * SIZE + row, mask=inside, other=0.0)
             logit += spread[:, None] * square[None, :]
         if SLOTS > 0:
-            bits = opened_bits(load_slots(opened, at, SLOTS, SLOTS_PAD), start, LEAVES)
-            hidden = ((bits >> tl.arange(0, LEAVES).to(tl.int64)) & 1) != 0
-            logit = tl.where(hidden[:, None], float("-inf"), logit)
+            left_out = tl.load(hidden + at * leaves + leaf, mask=seen, other=0) != 0
+            logit = tl.where(left_out[:, None], float("-inf"), logit)
         p = tl.exp2(logit - load_base2(lse + at * SIZE, row, inside)[None, :])
         shared = tl.load(delta + at * SIZE + row, mask=inside, other=0.0)
         d_logit = p * (tl.dot(mean_value, tl.trans(rows_up), input_precision=PRECISION) - shared[None, :])

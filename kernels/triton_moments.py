@@ -8,7 +8,8 @@ from torch import Tensor
 
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
-    LOG2E, Tile, anchor_span, check_kernel_inputs, flags, keep_heads, load_rows, padded, sees, side, store_rows,
+    LOG2E, Tile, add_rows, anchor_span, check_kernel_inputs, flags, in_place, keep_heads, load_rows, padded, sees,
+    side, store_rows,
 )
 
 
@@ -42,25 +43,27 @@ def moments(
 
 
 def moments_backward(
-    grad: Moments, anchor: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, valid: Tensor | None = None, *,
-    tile: Tile | None = None,
+    grad: Moments, anchor: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, valid: Tensor | None = None,
+    total: tuple[Tensor, Tensor] | None = None, *, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients (dk, dv) [B, K, J, m, D] of `moments`, given those of its results. Anchors are constants.
 
     Args:
         grad: gradients in the shapes of the moments; read only where a block sees a leaf.
         anchor, k, v, sight, scale, valid, tile: as in `moments`.
+        total: if given, the gradients are added to these, in place and in their dtype, and these returned.
     """
     blocks, parts = anchor.shape[2:4]
     leaves, leaf, dim = k.shape[2:]
     check_kernel_inputs(dim, leaf, anchor=anchor, k=k, v=v, grad_key=grad.key, grad_value=grad.value)
     tile = _backward_tile(dim, k.dtype) if tile is None else tile
     (k, held), (v, _) = keep_heads(k), keep_heads(v)
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    dk, dv = total or tuple(torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    (dk_at, held_out), (dv_at, _) = in_place(dk), in_place(dv)
     _backward[_grid(k)](
         *(x.contiguous() for x in grad), anchor.contiguous(), k, v, flags(valid),
-        sight.query, sight.key, anchor_span(sight, parts), dk, dv, scale, blocks * parts, leaves, held, sight.halo,
-        **_constants(k, parts, sight, valid, blocks, tile))
+        sight.query, sight.key, anchor_span(sight, parts), dk_at, dv_at, scale, blocks * parts, leaves, held, held_out,
+        sight.halo, ADD=total is not None, **_constants(k, parts, sight, valid, blocks, tile))
     return dk, dv
 
 
@@ -149,12 +152,11 @@ def _forward(anchor, k, v, valid, query_ids, key_ids, span, mass, key, value, tr
 
 @triton.jit
 def _backward(d_mass, d_key, d_value, d_trace, anchor, k, v, valid, query_ids, key_ids, span, dk, dv, scale, anchors,
-              leaves, held, halo, PARTS: tl.constexpr, PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, DIM: tl.constexpr,
-              CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, ANCHORS: tl.constexpr, LEAF_PAD: tl.constexpr,
-              DIM_PAD: tl.constexpr):
+              leaves, held, held_out, halo, ADD: tl.constexpr, PARTS: tl.constexpr, PER_BLOCK: tl.constexpr,
+              LEAF: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr,
+              ANCHORS: tl.constexpr, LEAF_PAD: tl.constexpr, DIM_PAD: tl.constexpr):
     j = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    at = batch * leaves + j
     row = tl.arange(0, LEAF_PAD)
     source = batch * held + j
     keys, centre, square, exists = _load_leaf(k, valid, source, j, HAS_VALID, LEAF, LEAF_PAD, DIM, DIM_PAD)
@@ -194,5 +196,6 @@ def _backward(d_mass, d_key, d_value, d_trace, anchor, k, v, valid, query_ids, k
         grad_v = tl.dot(rounded, up_value, grad_v, input_precision="ieee")
         grad_square += tl.sum(p * up_square[None, :], 1)
     grad_k += 2.0 * grad_square[:, None] * (keys.to(tl.float32) - centre)  # no weight on keys that do not exist
-    store_rows(dk + at * LEAF * DIM, row, row < LEAF, grad_k, DIM, DIM_PAD)
-    store_rows(dv + at * LEAF * DIM, row, row < LEAF, grad_v, DIM, DIM_PAD)
+    to = (batch * held_out + j) * LEAF * DIM
+    add_rows(dk + to, row, row < LEAF, grad_k, DIM, DIM_PAD, ADD)
+    add_rows(dv + to, row, row < LEAF, grad_v, DIM, DIM_PAD, ADD)

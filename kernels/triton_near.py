@@ -127,5 +127,5 @@ def _add(total: Tensor | None, part: Tensor, start: int, like: Tensor) -> Tensor
         if part.shape[1] == like.shape[-2]:
             return part.contiguous()
         total = torch.zeros_like(_heads(like), memory_format=torch.contiguous_format)
-    total[:, start:start + part.shape[1]] += part
+    total[:, start:start + part.shape[1]].add_(part)
     return total

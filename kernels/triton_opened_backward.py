@@ -11,15 +11,15 @@ from torch import Tensor
 
 from muse_dist.kernels.leaf_readers import Readers
 from muse_dist.kernels.triton_common import (
-    LOG2E, PRECISION, Tile, flags, keep_heads, load_base2, load_rows, padded, side, store_rows,
+    LOG2E, PRECISION, Tile, add_rows, flags, in_place, keep_heads, load_base2, load_rows, padded, side, store_rows,
 )
 
 
 def opened_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, readers: Readers, scale: float,
-    valid: Tensor | None, tile: Tile,
+    valid: Tensor | None, tile: Tile, total: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (dk, dv) [B, K, J, m, D] of the opened leaves.
+    """Gradients (dk, dv) [B, K, J, m, D] of the opened leaves, added to `total` in place if that is given.
 
     Args:
         dout, q: [B, K, n, U, g, D]; k, v: [B, K, J, m, D]; lse, delta: fp32 [B, K, n, U, g] of the merged softmax;
@@ -29,68 +29,74 @@ def opened_backward(
     leaves, leaf, dim = k.shape[2:]
     (k, held), (v, _) = keep_heads(k), keep_heads(v)
     batch, size = k.shape[0] * k.shape[1], q.shape[4]
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    dk, dv = total or tuple(torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    (dk_at, held_out), (dv_at, _) = in_place(dk), in_place(dv)
     partial = torch.empty((max(readers.slots, 1), 2, leaf, dim), dtype=torch.float32, device=k.device)
     keys = side(leaf, tile.keys, tile.warps)
-    constants = {"LEAF": leaf, "DIM": dim, "KEYS": keys, "DIM_PAD": padded(dim), "num_warps": tile.warps}
+    constants = {"LEAF": leaf, "DIM": dim, "KEYS": keys, "DIM_PAD": padded(dim), "ADD": total is not None,
+                 "num_warps": tile.warps}
     tiles = -(-leaf // keys)
     _backward[readers.leaf.shape[0], tiles](
-        dout, q, k, v, flags(valid), lse, delta, *readers[:5], partial, dk, dv, scale, batch,
-        leaves, held, q.shape[2] * q.shape[3], SIZE=size, HAS_VALID=valid is not None,
-        ROWS=side(size, tile.rows, tile.warps), num_stages=tile.stages, **constants)
-    _add_partials[leaves * batch, tiles](readers.shared, partial, dk, dv, batch, leaves, **constants)
+        dout, q, k, v, flags(valid), lse, delta, *readers[:5], partial, dk_at, dv_at, scale, batch,
+        leaves, held, held_out, q.shape[2] * q.shape[3], SIZE=size, HAS_VALID=valid is not None,
+        ROWS=max(tile.rows, 4 * tile.warps), num_stages=tile.stages, **constants)
+    _add_partials[leaves * batch, tiles](readers.shared, partial, dk_at, dv_at, batch, leaves, held_out, **constants)
     return dk, dv
 
 
 @triton.jit
 def _backward(dout, q, k, v, valid, lse, delta, reader, leaf_of, first_of, last_of, slot_of, partial, dk, dv, scale,
-              batch, leaves, held, groups, SIZE: tl.constexpr, HAS_VALID: tl.constexpr, ROWS: tl.constexpr,
-              LEAF: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, DIM_PAD: tl.constexpr):
+              batch, leaves, held, held_out, groups, SIZE: tl.constexpr, HAS_VALID: tl.constexpr, ROWS: tl.constexpr,
+              LEAF: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, DIM_PAD: tl.constexpr, ADD: tl.constexpr):
     item = tl.program_id(0)
     name = tl.load(leaf_of + item)
     if name >= leaves * batch:
         return
     leaf = name // batch
-    at = (name % batch).to(tl.int64) * leaves + leaf
+    head = (name % batch).to(tl.int64)
     place = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     inside = place < LEAF
     exists = inside
     if HAS_VALID:
         exists = inside & (tl.load(valid + leaf.to(tl.int64) * LEAF + place, mask=inside, other=0) != 0)
-    source = (name % batch).to(tl.int64) * held + leaf
+    source = head * held + leaf
     keys = load_rows(k + source * LEAF * DIM, place, exists, DIM, DIM_PAD)
     values = load_rows(v + source * LEAF * DIM, place, exists, DIM, DIM_PAD)
     grad_k = tl.zeros((KEYS, DIM_PAD), tl.float32)
     grad_v = tl.zeros((KEYS, DIM_PAD), tl.float32)
 
-    row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
-    base = (name % batch).to(tl.int64) * groups
-    for turn in range(tl.load(first_of + item) * row_tiles, tl.load(last_of + item) * row_tiles):
-        group = base + tl.load(reader + turn // row_tiles)
-        row = turn % row_tiles * ROWS + tl.arange(0, ROWS)
-        ok = row < SIZE
-        rows = load_rows(q + group * SIZE * DIM, row, ok, DIM, DIM_PAD)
-        rows_up = load_rows(dout + group * SIZE * DIM, row, ok, DIM, DIM_PAD)
+    # Rows of all the groups that opened the leaf, one behind the other: a tile may hold several groups, or part of one.
+    begin = tl.load(first_of + item)
+    end = (tl.load(last_of + item) - begin) * SIZE
+    for start in range(0, end, ROWS):
+        at = start + tl.arange(0, ROWS)
+        ok = at < end
+        group = head * groups + tl.load(reader + begin + at // SIZE, mask=ok, other=0)
+        row = group * SIZE + at % SIZE
+        rows = load_rows(q, row, ok, DIM, DIM_PAD)
+        rows_up = load_rows(dout, row, ok, DIM, DIM_PAD)
         logit = tl.dot(keys, tl.trans(rows), input_precision=PRECISION) * (scale * LOG2E)
-        logit = tl.where(exists[:, None], logit, float("-inf"))
-        p = tl.exp2(logit - load_base2(lse + group * SIZE, row, ok)[None, :])
-        shared = tl.load(delta + group * SIZE + row, mask=ok, other=0.0)
+        if HAS_VALID:
+            logit = tl.where(exists[:, None], logit, float("-inf"))
+        p = tl.exp2(logit - load_base2(lse, row, ok)[None, :])
+        shared = tl.load(delta + row, mask=ok, other=0.0)
         d_logit = p * (tl.dot(values, tl.trans(rows_up), input_precision=PRECISION) - shared[None, :])
         grad_v = tl.dot(p.to(rows.dtype), rows_up, grad_v, input_precision=PRECISION)
         grad_k = tl.dot(d_logit.to(rows.dtype), rows, grad_k, input_precision=PRECISION)
     grad_k *= scale
     slot = tl.load(slot_of + item).to(tl.int64)
     if slot < 0:
-        store_rows(dk + at * LEAF * DIM, place, inside, grad_k, DIM, DIM_PAD)
-        store_rows(dv + at * LEAF * DIM, place, inside, grad_v, DIM, DIM_PAD)
+        to = (head * held_out + leaf) * LEAF * DIM
+        add_rows(dk + to, place, inside, grad_k, DIM, DIM_PAD, ADD)
+        add_rows(dv + to, place, inside, grad_v, DIM, DIM_PAD, ADD)
     else:
         store_rows(partial + 2 * slot * LEAF * DIM, place, inside, grad_k, DIM, DIM_PAD)
         store_rows(partial + (2 * slot + 1) * LEAF * DIM, place, inside, grad_v, DIM, DIM_PAD)
 
 
 @triton.jit
-def _add_partials(shared, partial, dk, dv, batch, leaves, LEAF: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
-                  DIM_PAD: tl.constexpr):
+def _add_partials(shared, partial, dk, dv, batch, leaves, held_out, LEAF: tl.constexpr, DIM: tl.constexpr,
+                  KEYS: tl.constexpr, DIM_PAD: tl.constexpr, ADD: tl.constexpr):
     name = tl.program_id(0)
     first = tl.load(shared + 2 * name).to(tl.int64)
     count = tl.load(shared + 2 * name + 1)
@@ -104,6 +110,6 @@ def _add_partials(shared, partial, dk, dv, batch, leaves, LEAF: tl.constexpr, DI
         slot = first + nth
         grad_k += load_rows(partial + 2 * slot * LEAF * DIM, place, inside, DIM, DIM_PAD)
         grad_v += load_rows(partial + (2 * slot + 1) * LEAF * DIM, place, inside, DIM, DIM_PAD)
-    at = (name % batch).to(tl.int64) * leaves + name // batch
-    store_rows(dk + at * LEAF * DIM, place, inside, grad_k, DIM, DIM_PAD)
-    store_rows(dv + at * LEAF * DIM, place, inside, grad_v, DIM, DIM_PAD)
+    to = ((name % batch).to(tl.int64) * held_out + name // batch) * LEAF * DIM
+    add_rows(dk + to, place, inside, grad_k, DIM, DIM_PAD, ADD)
+    add_rows(dv + to, place, inside, grad_v, DIM, DIM_PAD, ADD)

@@ -5,7 +5,7 @@ are in at least fp32.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -55,10 +55,8 @@ def backward(
     pairs = near_pairs(places, places, config)
     grads = ops.near_field_backward(dout, q, k, v, out, lse, scale, pairs, config.block)
     if plan is not None:
-        far = far_backward(
-            Upstream(dout, lse, ops.row_dots(dout, out)), q, k, v, plan, places, places, scale, config)
-        for total, part in zip(grads, far):
-            total += part
+        add_far_backward(
+            grads, Upstream(dout, lse, ops.row_dots(dout, out)), q, k, v, plan, places, places, scale, config)
     return grads
 
 
@@ -116,81 +114,117 @@ def far_forward(
     Args:
         q: [B, K, G, S, D], the tokens of `query_blocks`; k, v: [B, K, T, D], those of `key_blocks`.
     """
-    ops, parts = kernels_for(config, q), []
-    for heads in head_slabs(q, k):
+    ops, parts, room = kernels_for(config, q), [], Room.of(q, k, v, len(query_blocks), len(key_blocks), config)
+    for heads in room.heads():
         here = plan.of_heads(heads)
         blocks = arrange(ops, q[:, heads], k[:, heads], v[:, heads], here, config)
-        out, lse = empty_softmax(blocks.q, config)
-        for slab, some in _far_slabs(blocks, query_blocks, key_blocks, config):
+        found = []
+        for slab, some in room.blocks(blocks, query_blocks, key_blocks):
             sight, opened = slab.sight(q.device), here.opened[:, :, slab.rows]
             anchor = here.anchors[:, :, slab.rows]
             leaf = ops.moments(anchor, some.k, some.v, sight, scale, some.key_valid)
-            out[:, :, slab.rows], lse[:, :, slab.rows] = ops.far_field(
-                some.q, anchor, leaf, some.k, some.v, opened, sight, scale, config.trace, some.key_valid)
-        parts.append(rows_to_tokens(ops, (out, lse), here, q.shape[2:4]))
+            found.append((slab.rows, ops.far_field(
+                some.q, anchor, leaf, some.k, some.v, opened, sight, scale, config.trace, some.key_valid)))
+        parts.append(rows_to_tokens(ops, join_blocks(found, blocks.q), here, q.shape[2:4]))
     return join_heads(parts)  # type: ignore[return-value]
 
 
-def empty_softmax(q: Tensor, config: MuseConfig) -> tuple[Tensor, Tensor]:
-    """The partial softmax of rows q [..., D] that see nothing."""
+def join_blocks(found: Sequence[tuple[slice, tuple[Tensor, Tensor]]], q: Tensor) -> tuple[Tensor, Tensor]:
+    """Partial softmaxes of runs of the query blocks q [B, K, n, U, g, D]; blocks without one see nothing."""
+    if len(found) == 1 and found[0][0] == slice(0, q.shape[2]):
+        return found[0][1]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return torch.zeros_like(q), torch.full(q.shape[:-1], -torch.inf, dtype=dtype, device=q.device)
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:-1], -torch.inf, dtype=dtype, device=q.device)
+    for rows, (part, part_lse) in found:
+        out[:, :, rows], lse[:, :, rows] = part, part_lse
+    return out, lse
 
 
-def far_backward(
-    up: Upstream, q: Tensor, k: Tensor, v: Tensor, plan: Plan, query_blocks: Sequence[int], key_blocks: Sequence[int],
-    scale: float, config: MuseConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `far_forward` for q, k and v."""
-    ops, parts = kernels_for(config, q), []
-    for heads in head_slabs(q, k):
+def add_far_backward(
+    grads: tuple[Tensor, Tensor, Tensor], up: Upstream, q: Tensor, k: Tensor, v: Tensor, plan: Plan,
+    query_blocks: Sequence[int], key_blocks: Sequence[int], scale: float, config: MuseConfig,
+) -> None:
+    """Add the gradients of `far_forward` for q, k and v to `grads` in place."""
+    ops, room = kernels_for(config, q), Room.of(q, k, v, len(query_blocks), len(key_blocks), config)
+    for heads in room.heads():
         here = plan.of_heads(heads)
         blocks = arrange(ops, q[:, heads], k[:, heads], v[:, heads], here, config)
         rows = grouped(ops, up.of_heads(heads), blocks.row_valid, here, config)
-        dq, dk, dv = _far_backward(rows, blocks, here, query_blocks, key_blocks, scale, config)
-        parts.append((ungroup(ops, dq, here, q.shape[2], q.shape[3]),
-                      from_leaves(ops, dk.to(k.dtype), here, k.shape[2]),
-                      from_leaves(ops, dv.to(v.dtype), here, v.shape[2])))
-    return join_heads(parts)  # type: ignore[return-value]
+        slabs = room.blocks(blocks, query_blocks, key_blocks)
+        dq, dk, dv = _far_backward(rows, blocks, here, slabs, scale, config)
+        parts = (ungroup(ops, dq, here, q.shape[2], q.shape[3]), from_leaves(ops, dk, here, k.shape[2]),
+                 from_leaves(ops, dv, here, v.shape[2]))
+        for total, part in zip(grads, parts):
+            total[:, heads].add_(part)
 
 
 def _far_backward(
-    rows: Upstream, blocks: Blocks, plan: Plan, query_blocks: Sequence[int], key_blocks: Sequence[int], scale: float,
+    rows: Upstream, blocks: Blocks, plan: Plan, slabs: Sequence[tuple[FarSlab, Blocks]], scale: float,
     config: MuseConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the rows [B, K, n, U, g, D], and in at least fp32 of the leaves [B, K, J, m, D] of `blocks`."""
+    """Gradients of the rows [B, K, n, U, g, D] and of the leaves [B, K, J, m, D] of `blocks`."""
     ops = kernels_for(config, blocks.q)
-    dtype = torch.promote_types(blocks.k.dtype, torch.float32)
-    dq = torch.zeros_like(blocks.q)
+    # Sums of more than two terms are kept in fp32.
+    dtype = blocks.k.dtype if len(slabs) < 2 else torch.promote_types(blocks.k.dtype, torch.float32)
     dk, dv = (torch.zeros(blocks.k.shape, dtype=dtype, device=blocks.k.device) for _ in range(2))
-    for slab, some in _far_slabs(blocks, query_blocks, key_blocks, config):
+    found = []
+    for slab, some in slabs:
         sight, opened = slab.sight(blocks.q.device), plan.opened[:, :, slab.rows]
         anchor = plan.anchors[:, :, slab.rows]
         leaf = ops.moments(anchor, some.k, some.v, sight, scale, some.key_valid)
         dout, lse, delta = rows.of_blocks(slab.rows)
-        dq[:, :, slab.rows], grad, *d_opened = ops.far_field_backward(
-            dout, some.q, anchor, leaf, some.k, some.v, opened, lse, delta, sight, scale, config.trace, some.key_valid)
-        d_leaves = ops.moments_backward(grad, anchor, some.k, some.v, sight, scale, some.key_valid)
-        for d_keys, d_values in (d_opened, d_leaves):
-            if d_keys is not None:
-                dk[:, :, :slab.leaves] += d_keys
-                dv[:, :, :slab.leaves] += d_values
-    return dq, dk, dv
+        total = dk[:, :, :slab.leaves], dv[:, :, :slab.leaves]
+        dq, grad, *_ = ops.far_field_backward(
+            dout, some.q, anchor, leaf, some.k, some.v, opened, lse, delta, sight, scale, config.trace, some.key_valid,
+            None, total)
+        ops.moments_backward(grad, anchor, some.k, some.v, sight, scale, some.key_valid, total)
+        found.append((slab.rows, dq))
+    return join_rows(found, blocks.q), dk, dv
 
 
-def _far_slabs(
-    blocks: Blocks, query_blocks: Sequence[int], key_blocks: Sequence[int], config: MuseConfig
-) -> Iterator[tuple[FarSlab, Blocks]]:
-    """Query blocks whose moments, with their gradients, fit into memory together."""
-    per_block = config.block // config.leaf
-    block_bytes = moment_bytes(blocks.q, config.anchors, len(key_blocks) * per_block)
-    for slab in far_slabs(query_blocks, key_blocks, block_bytes, blocks.nbytes, per_block, config):
-        yield slab, blocks.some(slab)
+def join_rows(found: Sequence[tuple[slice, Tensor]], q: Tensor) -> Tensor:
+    """Gradients of runs of the query blocks q [B, K, n, U, g, D]; 0 for the others."""
+    if len(found) == 1 and found[0][0] == slice(0, q.shape[2]):
+        return found[0][1]
+    dq = torch.zeros_like(q)
+    for rows, part in found:
+        dq[:, :, rows] = part
+    return dq
 
 
-def moment_bytes(q: Tensor, anchors: int, leaves: int) -> int:
-    """Bytes of the moments of `leaves` leaves about `anchors` anchors and of their gradients, for q [B, K, ..., D]."""
-    return 2 * q.shape[0] * q.shape[1] * anchors * leaves * (2 * q.shape[-1] * q.dtype.itemsize + 8)
+class Room(NamedTuple):
+    """How heads and query blocks are taken together so that moments and their gradients stay as small as the inputs."""
+
+    head_bytes: int  # of the moments of one query block of one key/value head
+    bound: int
+    head_count: int
+    query_count: int
+    config: MuseConfig
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, query_count: int, key_count: int, config: MuseConfig) -> Room:
+        """For q [B, K, G, S, D] of `query_count` blocks, k and v [B, K, T, D] of `key_count` blocks."""
+        leaves = key_count * (config.block // config.leaf)
+        one = moment_bytes(q.shape[0], config.anchors, leaves, q.shape[-1], q.dtype)
+        return cls(one, q.nbytes + k.nbytes + v.nbytes, k.shape[1], query_count, config)
+
+    def heads(self) -> list[slice]:
+        """Key/value heads that are worked on together."""
+        return head_slabs(self.head_count, self.head_bytes, self.query_count, self.bound)
+
+    def blocks(
+        self, blocks: Blocks, query_blocks: Sequence[int], key_blocks: Sequence[int]
+    ) -> list[tuple[FarSlab, Blocks]]:
+        """Query blocks that are worked on together."""
+        per_block = self.config.block // self.config.leaf
+        here = self.head_bytes * blocks.k.shape[1]
+        return [(slab, blocks.some(slab))
+                for slab in far_slabs(query_blocks, key_blocks, here, self.bound, per_block, self.config)]
+
+
+def moment_bytes(batch: int, anchors: int, leaves: int, dim: int, dtype: torch.dtype) -> int:
+    """Bytes of the moments of `leaves` leaves of a head about `anchors` anchors, and of their gradients."""
+    return 2 * batch * anchors * leaves * (2 * dim * dtype.itemsize + 8)
 
 
 def no_moments(leaf: Moments) -> Moments:

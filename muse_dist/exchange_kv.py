@@ -8,7 +8,7 @@ from torch import Tensor
 
 from muse_dist.comm import Pending
 from muse_dist.backend import kernels_for
-from muse_dist.compute import Upstream, far_backward, far_forward
+from muse_dist.compute import Upstream, add_far_backward, far_forward
 from muse_dist.layout import near_pairs
 from muse_dist.shard import Shard
 from muse_dist.tree import Plan, open_blocks, order_blocks
@@ -49,13 +49,13 @@ def backward(
     all_k, all_v = s.layout.join(gathered.wait(), 3).to(k.dtype)
     dq, dk, dv = ops.near_field_backward(dout, q, all_k, all_v, out, lse, s.scale, s.other_pairs, config.block)
     up = Upstream(dout, lse, ops.row_dots(dout, out))
-    far = far_backward(up, q, all_k, all_v, plan, s.mine, s.everything, s.scale, config)
-    grads = torch.stack([dk + far[1], dv + far[2]])
+    add_far_backward((dq, dk, dv), up, q, all_k, all_v, plan, s.mine, s.everything, s.scale, config)
+    grads = torch.stack([dk, dv])
     shares = [s.layout.shard(grads, rank, 3) for rank in range(s.comm.size)]
     pending = _post_shares(s, shares)
     rest = ops.near_field_backward(dout, q, k, v, out, lse, s.scale, beside, config.block)
     sent = _sum_shares(s, pending, shares[s.comm.rank])
-    return dq + far[0] + own[0] + rest[0], sent[0] + own[1] + rest[1], sent[1] + own[2] + rest[2]
+    return dq + own[0] + rest[0], sent[0] + own[1] + rest[1], sent[1] + own[2] + rest[2]
 
 
 def _post_shares(s: Shard, shares: list[Tensor]) -> Pending:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from muse_dist.comm import Pending
 from muse_dist.backend import kernels_for
-from muse_dist.compute import Upstream, far_backward, far_forward
+from muse_dist.compute import Upstream, add_far_backward, far_forward
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.layout import chunk_pairs, near_pairs
 from muse_dist.remote import (
@@ -80,11 +80,11 @@ def backward(
     halo_grads = post_halo_gradients(s, d_halo[0], d_halo[1])
     own = ops.near_field_backward(
         dout, q, k, v, out, lse, s.scale, near_pairs(s.mine, s.mine, config), config.block)
-    far = far_backward(up, q, k, v, plan, s.mine, s.mine, s.scale, config)
-    dk, dv = own[1] + far[1], own[2] + far[2]
+    add_far_backward(own, up, q, k, v, plan, s.mine, s.mine, s.scale, config)
+    own_q, dk, dv = own
     add_halo_gradients(s, halo_grads, dk, dv)
     sent = _moment_gradients_home(s, _messages(moment_grads.wait()), k, v, plan, saved.everyone)
-    return dq + d_rows + own[0] + far[0], dk + sent[0], dv + sent[1]
+    return dq + d_rows + own_q, dk + sent[0], dv + sent[1]
 
 
 def _messages(tensors: Sequence[Tensor]) -> list[Message]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from muse_dist.backend import kernels_for
 from muse_dist.compute import (
-    Upstream, empty_softmax, grouped, join_heads, moment_bytes, no_moments, rows_to_tokens, ungroup,
+    Upstream, grouped, join_blocks, join_heads, join_rows, moment_bytes, no_moments, rows_to_tokens, ungroup,
 )
 from muse_dist.config import MuseConfig
 from muse_dist.kernels.clustering import bisect
@@ -116,17 +116,16 @@ def remote_forward(
 
     `leaves` holds the remote leaves of each chunk of queries, None where it sees none; k only tells sizes.
     """
-    ops, parts = kernels_for(config, q), []
-    for heads in head_slabs(q, k):
-        here = plan.of_heads(heads)
+    ops, parts, bound = kernels_for(config, q), [], q.nbytes + 2 * k.nbytes
+    for heads in _remote_heads(k, leaves, query_blocks, bound, config):
+        here, about = plan.of_heads(heads), anchors.of_heads(heads)
         rows = _rows(ops, q[:, heads], here, config)
-        out, lse = empty_softmax(rows, config)
-        for chunk, remote, slab in _remote_slabs(rows, leaves, heads, query_blocks, config):
-            about = anchors.of_heads(heads)
-            out[:, :, slab.rows], lse[:, :, slab.rows] = ops.far_field(
+        found = []
+        for chunk, remote, slab in _remote_slabs(k, leaves, heads, query_blocks, bound, config):
+            found.append((slab.rows, ops.far_field(
                 rows[:, :, slab.rows], about.anchor[:, :, chunk], remote.leaf, None, None, None, slab.sight(q.device),
-                scale, config.trace, None, _use(about, chunk, slab, len(leaves), query_blocks))
-        parts.append(rows_to_tokens(ops, (out, lse), here, q.shape[2:4]))
+                scale, config.trace, None, _use(about, chunk, slab, len(leaves), query_blocks))))
+        parts.append(rows_to_tokens(ops, join_blocks(found, rows), here, q.shape[2:4]))
     return join_heads(parts)  # type: ignore[return-value]
 
 
@@ -135,25 +134,26 @@ def remote_backward(
     query_blocks: Sequence[int], scale: float, config: MuseConfig,
 ) -> tuple[Tensor, list[Moments | None]]:
     """Gradients of `remote_forward` for q, and in at least fp32 for the moments of every chunk of queries."""
-    ops, parts = kernels_for(config, q), []
+    ops, parts, bound = kernels_for(config, q), [], q.nbytes + 2 * k.nbytes
     grads = [None if x is None else no_moments(x.leaf) for x in leaves]
-    for heads in head_slabs(q, k):
+    for heads in _remote_heads(k, leaves, query_blocks, bound, config):
         here, about = plan.of_heads(heads), anchors.of_heads(heads)
         rows = _rows(ops, q[:, heads], here, config)
         grouped_up = grouped(ops, up.of_heads(heads), None, here, config)
-        dq = torch.zeros_like(rows)
-        for chunk, remote, slab in _remote_slabs(rows, leaves, heads, query_blocks, config):
+        found = []
+        for chunk, remote, slab in _remote_slabs(k, leaves, heads, query_blocks, bound, config):
             dout, lse, delta = grouped_up.of_blocks(slab.rows)
             use, sight = _use(about, chunk, slab, len(leaves), query_blocks), slab.sight(q.device)
-            dq[:, :, slab.rows], grad, _, _ = ops.far_field_backward(
+            dq, grad, _, _ = ops.far_field_backward(
                 dout, rows[:, :, slab.rows], about.anchor[:, :, chunk], remote.leaf, None, None, None, lse, delta,
                 sight, scale, config.trace, None, use)
+            found.append((slab.rows, dq))
             total = grads[chunk]
             assert total is not None
             seen = ops.seen_blocks(sight).repeat_interleave(slab.leaves // len(slab.key_places), -1)
             for sum_, x in zip(total, grad):
-                sum_[:, heads, :, :slab.leaves] += _to_anchors(x, use, seen, sum_.shape[2])
-        parts.append((ungroup(ops, dq, here, q.shape[2], q.shape[3]),))
+                sum_[:, heads, :, :slab.leaves].add_(_to_anchors(x, use, seen, sum_.shape[2]))
+        parts.append((ungroup(ops, join_rows(found, rows), here, q.shape[2], q.shape[3]),))
     return join_heads(parts)[0], grads
 
 
@@ -162,8 +162,23 @@ def _rows(ops: ModuleType, q: Tensor, plan: Plan, config: MuseConfig) -> Tensor:
     return ops.gather_rows(query_rows(q, config.block), plan.query_order).unflatten(3, (-1, config.group))
 
 
+def _block_bytes(k: Tensor, remote: RemoteLeaves, config: MuseConfig) -> int:
+    """Bytes of the moments that the parts of one query block of one head see of remote leaves, with gradients."""
+    leaves = len(remote.blocks) * (config.block // config.remote_leaf)
+    return moment_bytes(k.shape[0], config.anchors, leaves, k.shape[3], k.dtype)
+
+
+def _remote_heads(
+    k: Tensor, leaves: Sequence[RemoteLeaves | None], query_blocks: Sequence[int], bound: int, config: MuseConfig
+) -> list[slice]:
+    """Key/value heads of k [B, K, S, D] to work on together."""
+    most = max((_block_bytes(k, remote, config) for remote in leaves if remote is not None), default=0)
+    return head_slabs(k.shape[1], most, len(query_blocks) // len(leaves), bound)
+
+
 def _remote_slabs(
-    rows: Tensor, leaves: Sequence[RemoteLeaves | None], heads: slice, query_blocks: Sequence[int], config: MuseConfig
+    k: Tensor, leaves: Sequence[RemoteLeaves | None], heads: slice, query_blocks: Sequence[int], bound: int,
+    config: MuseConfig,
 ) -> list[tuple[int, RemoteLeaves, FarSlab]]:
     """(chunk, its remote leaves, some of its query blocks and the leaves they see) for all that see remote leaves.
 
@@ -176,9 +191,9 @@ def _remote_slabs(
             continue
         here = remote.of_heads(heads)
         first = chunk * per_chunk
-        block_bytes = moment_bytes(rows, config.anchors, len(remote.blocks) * per_block)
+        block_bytes = _block_bytes(k, remote, config) * (heads.stop - heads.start)
         blocks = query_blocks[first:first + per_chunk]
-        for slab in far_slabs(blocks, remote.blocks, block_bytes, 3 * rows.nbytes, per_block, config):
+        for slab in far_slabs(blocks, remote.blocks, block_bytes, bound, per_block, config):
             seen = RemoteLeaves(Moments(*(x[:, :, :, :slab.leaves] for x in here.leaf)), here.blocks)
             place = slice(first + slab.rows.start, first + slab.rows.stop)
             result.append((chunk, seen, slab._replace(rows=place)))

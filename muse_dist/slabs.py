@@ -11,8 +11,6 @@ from muse_dist.config import MuseConfig
 from muse_dist.kernels.plain_blocks import Sight
 from muse_dist.layout import is_far
 
-SLAB_BYTES = 2 ** 28  # of sorted copies of some heads; temporary memory of their query blocks takes at most as much
-
 
 class FarSlab(NamedTuple):
     """Some query blocks, and the key blocks up to the last one that their far field reads."""
@@ -26,7 +24,9 @@ class FarSlab(NamedTuple):
 
     def sight(self, device: torch.device) -> Sight:
         """Which of these key blocks each of these query blocks sees."""
-        return Sight(places(self.query_places, device), places(self.key_places, device), self.halo, self.causal)
+        keys = self.key_places
+        gaps = not self.causal or any(a > b for a, b in zip(keys, keys[1:]))
+        return Sight(places(self.query_places, device), places(keys, device), self.halo, self.causal, gaps)
 
 
 def sight_of(
@@ -36,10 +36,14 @@ def sight_of(
     return Sight(places(query_blocks, device), places(key_blocks, device), config.halo, config.causal)
 
 
-def head_slabs(q: Tensor, k: Tensor) -> list[slice]:
-    """Key/value heads to work on together, by the size of sorted copies of q [B, K, G, S, D] and k [B, K, T, D]."""
-    heads = k.shape[1]
-    return _slabs(heads, SLAB_BYTES * heads // (2 * (q.nbytes + k.nbytes)))
+def head_slabs(heads: int, block_bytes: int, blocks: int, bound: int) -> list[slice]:
+    """Key/value heads to work on together: as many as all their query blocks fit into `bound`, at least one.
+
+    Args:
+        block_bytes: temporary memory of one query block of one head that sees all leaves; blocks: query blocks.
+        bound: how much all may take. With the size of the inputs for it memory grows as the length, not its square.
+    """
+    return _slabs(heads, bound // max(1, block_bytes * blocks))
 
 
 def far_slabs(
@@ -51,7 +55,6 @@ def far_slabs(
     Args:
         query_blocks, key_blocks: places in the sequence.
         block_bytes: temporary memory that a query block takes if it sees all leaves; bound: how much all may take.
-            With the size of the inputs for a bound memory grows as the length, not as its square.
         per_block: leaves in a key block.
     """
     result = []

@@ -45,11 +45,6 @@ class Blocks(NamedTuple):
     row_valid: Tensor | None  # bool [B, K, n, U, g]; None if all rows exist
     key_valid: Tensor | None  # bool [J, m]; None if all keys exist
 
-    @property
-    def nbytes(self) -> int:
-        """Size of queries, keys and values: the measure of temporary memory."""
-        return self.q.nbytes + self.k.nbytes + self.v.nbytes
-
     def some(self, slab: FarSlab) -> Blocks:
         """The query blocks and the leaves of a slab."""
         rows, leaves = slab.rows, slab.leaves
@@ -133,13 +128,10 @@ def _orders(
     exists = torch.ones(1, 1, dtype=torch.bool, device=keys.device) if valid is None else valid
     axes, spread = ops.principal_axes(keys, exists.expand(*keys.shape[2:4]), min(AXES, keys.shape[-1]))
     points = ops.project(keys, axes)
-    pinned = config.sinks * config.leaf if first else 0
-    if pinned:
-        head = ops.bisect(points[:, :, :1], part, pinned, None if valid is None else valid[:1])
-        rest = ops.bisect(points[:, :, 1:], part, 0, None if valid is None else valid[1:])
-        key_order = torch.cat([head, rest], 2)
-    else:
-        key_order = ops.bisect(points, part, 0, valid)
+    key_order = ops.bisect(points, part, 0, valid)
+    if first and config.sinks:  # the first block once more, its sinks kept in place: cheaper than copies of the others
+        sinks = config.sinks * config.leaf
+        key_order[:, :, :1] = ops.bisect(points[:, :, :1], part, sinks, None if valid is None else valid[:1])
     return key_order, ops.bisect(ops.project(rows, axes, spread), config.group, 0, _per_row(valid, rows.shape[3]))
 
 
@@ -197,17 +189,14 @@ def open_blocks(
     groups = plan.query_order.shape[3] // config.group
     opened = torch.full((*plan.query_order.shape[:3], groups, slots), -1, dtype=torch.int64, device=q.device)
     sinks = config.sinks if key_blocks[0] == 0 else 0
-    for heads in head_slabs(q, k):
+    # Scores of every leaf at a few probes a group; the kernels bound their own temporary memory.
+    block_bytes, bound = 16 * q.shape[0] * groups * len(key_blocks) * per_block, 2 * q.nbytes + k.nbytes
+    for heads in head_slabs(k.shape[1], block_bytes, len(query_blocks), bound):
         blocks = arrange(ops, q[:, heads], k[:, heads], None, plan.of_heads(heads), config)
-        for some in far_slabs(query_blocks, key_blocks, _choice_bytes(blocks), blocks.nbytes, per_block, config):
-            here = blocks.some(some)
-            chosen = ops.open_leaves(here.q, here.k, some.sight(q.device), config.opened, sinks, scale,
+        count = heads.stop - heads.start
+        for slab in far_slabs(query_blocks, key_blocks, block_bytes * count, bound, per_block, config):
+            here = blocks.some(slab)
+            chosen = ops.open_leaves(here.q, here.k, slab.sight(q.device), config.opened, sinks, scale,
                                      here.row_valid, here.key_valid)
-            opened[:, heads, some.rows, :, :chosen.shape[-1]] = chosen
+            opened[:, heads, slab.rows, :, :chosen.shape[-1]] = chosen
     return opened
-
-
-def _choice_bytes(blocks: Blocks) -> int:
-    """Temporary memory of choosing the leaves of one query block: scores of every leaf at a few probes a group."""
-    batch, heads, _, groups = blocks.q.shape[:4]
-    return 16 * batch * heads * groups * blocks.k.shape[2]

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from muse_dist.kernels import (
-    leaf_readers, plain_blocks, triton_far, triton_far_backward, triton_moments, triton_opened_backward, triton_rows,
+    leaf_readers, plain_blocks, triton_blocks, triton_far, triton_far_backward, triton_moments,
+    triton_opened_backward, triton_rows,
 )
 from muse_dist.kernels.plain_blocks import Moments, Sight
-from muse_dist.kernels.triton_common import Tile, backward_tile, side
+from muse_dist.kernels.triton_common import BackwardTiles, Tile, backward_tile, side
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -286,13 +287,15 @@ def test_small_tiles_change_nothing_but_rounding(settings):
     case = Case(**settings, heads=1)
     leaf = case.moments()
     grad = case.moment_grads()
+    shapes = {"far_field_backward": BackwardTiles(SMALL, SMALL, SMALL)}
     for name, args in {
         "moments": case.about(), "moments_backward": (grad, *case.about()),
         "far_field": (*case.far(leaf), *case.look()),
         "far_field_backward": (case.dout, *case.far(leaf), *merged(case, leaf), *case.look()),
     }.items():
-        function = getattr(KERNELS[name], name)
-        small, pinned = (tensors(function(*args, **tile), case) for tile in ({"tile": SMALL}, {}))
+        function = getattr(triton_blocks, name)
+        small, pinned = (tensors(function(*args, **tile), case)
+                         for tile in ({"tile": shapes.get(name, SMALL)}, {}))
         for x, y in zip(small, pinned, strict=True):
             assert_near(x, y, 1e-5)
 
@@ -338,9 +341,30 @@ def test_leaves_with_many_readers_are_shared_by_programs():
         readers = leaf_readers.leaf_readers(case.opened.flatten(2, 3).flatten(0, 1), case.k.shape[2], longest)
         results.append(triton_opened_backward.opened_backward(
             case.dout, case.q, case.k, case.v, lse, delta, readers, SCALE, case.valid,
-            backward_tile(DIM, case.dtype)))
+            backward_tile(DIM, case.dtype), None))
     for x, y in zip(*results, strict=True):
         assert_near(x, y, 1e-5)
+
+
+@pytest.mark.parametrize("module", [triton_blocks, plain_blocks], ids=["triton", "plain"])
+def test_gradients_are_added_to_what_is_there(module):
+    """To the first leaves of longer tensors, which keep the rest; with and without opened leaves."""
+    for slots in (3, 0):
+        case = Case(slots=slots)
+        leaf = case.moments()
+        kept = [normal(1, 2, 15, *case.k.shape[3:], seed=seed, dtype=torch.float32) for seed in (12, 13)]
+        totals = [x.clone() for x in kept]
+        place = tuple(x[:, :, :case.k.shape[2]] for x in totals)
+        back = case.dout, *case.far(leaf), *merged(case, leaf), *case.look()
+        _, grad, *opened = module.far_field_backward(*back, None, place)
+        leaves = module.moments_backward(grad, *case.about(), place)
+        assert all(x is y for x, y in zip((*opened, *leaves), place * 2, strict=True))
+        parts = [module.moments_backward(grad, *case.about())]
+        if slots:
+            parts.append(module.far_field_backward(*back)[2:])
+        for total, old, *new in zip(totals, kept, *parts):
+            assert_near(total[:, :, :12], old[:, :, :12] + sum(new), 1e-5)
+            assert torch.equal(total[:, :, 12:], old[:, :, 12:])
 
 
 @pytest.mark.parametrize("change, message", [
