@@ -46,6 +46,7 @@ class TorchEngine:
             recompute_activations(self.model)
         self.module = self._wrapped(LossModel(self.model))
         self.optimizer = make_optimizer(self.model, config.train)
+        allocate_state(self.optimizer)  # a checkpoint has it from the first step on
         self.updates = 0
 
     def _wrapped(self, losses: LossModel) -> nn.Module:
@@ -118,15 +119,10 @@ class TorchEngine:
         found = {}
         for name, parameter in self.model.named_parameters():
             found[f"model.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in self.optimizer.state[parameter].items():
                 if isinstance(value, Tensor):
                     found[f"optimizer.{name}.{key}"] = value
         return found
-
-    def allocate(self) -> dict[str, Tensor]:
-        """`tensors` of an optimizer that has taken no step yet, to be overwritten."""
-        allocate_state(self.optimizer)
-        return self.tensors()
 
     def go_on(self, updates: int) -> None:
         """Continue where the weights had changed so many times."""

@@ -48,7 +48,7 @@ class Monitor:
         elapsed = time.perf_counter() - self._start
         here = step - self._done
         rate = here * self._tokens / elapsed
-        numbers = {**flat(metrics), "tokens_per_second": rate}
+        numbers = flat(metrics)
         self._complain(self._file.write({"step": step, **metrics}))
         self._complain(self._add_events({f"train/{name}": value for name, value in numbers.items()}, step))
         if self._wandb is not None:
@@ -58,8 +58,8 @@ class Monitor:
             self._bar.update(self._tokens)
         elif step % self._line_every == 0 or here == 1 or step == self._steps:
             left = tqdm.format_interval((self._steps - step) * elapsed / here)
-            print(f"step {step}/{self._steps}  loss {metrics['loss']:.3f}  {rate:,.0f} tokens/s  {left} left",
-                  flush=True)
+            print(f"step {step}/{self._steps}  loss {metrics['loss']:.3f}  {rate:,.0f} tokens/s  {left} left"
+                  + cost_of(metrics), flush=True)
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -148,6 +148,18 @@ class Silent:
 
     def __exit__(self, *_: object) -> None:
         """Nothing."""
+
+
+def cost_of(metrics: dict[str, Any]) -> str:
+    """What is known of a step's cost, for the end of a line."""
+    parts = []
+    if "flop_utilisation" in metrics:
+        parts.append(f"{metrics['flop_utilisation']:.1%} of the peak FLOP/s")
+    if "memory_bytes" in metrics:
+        parts.append(f"{metrics['memory_bytes'] / 1e9:.2f} GB")
+    if metrics.get("received_bytes"):
+        parts.append(f"{metrics['received_bytes'] / 1e6:.2f} MB received")
+    return "".join(f"  {part}" for part in parts)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:

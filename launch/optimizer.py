@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from launch.config import TrainConfig
 
@@ -63,13 +63,18 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimizer make what it keeps of every parameter, by a step of size zero, for a checkpoint to fill."""
+    """Have the optimizer make what it keeps of every parameter, as it is before the first step, by one of size zero."""
     set_rate(optimizer, 0.0)  # every step sets its own
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
+    for kept in optimizer.state.values():
+        for value in kept.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+    set_steps(optimizer, 0)
 
 
 def set_steps(optimizer: torch.optim.Optimizer, updates: int) -> None:

@@ -34,7 +34,8 @@ from launch.trainer import Trainer
 from muse_dist import ByteCounter
 
 # What a run leaves in its folder and --fresh removes.
-LEFT_BEHIND = ("checkpoints", "tensorboard", "wandb", "wandb-id", "metrics.jsonl", "results.json", "model")
+LEFT_BEHIND = ("checkpoints", "tensorboard", "wandb", "wandb-id", "metrics.jsonl", "results.json", "model",
+               "bad-step-*.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,12 +141,11 @@ class _Run:
 
 def _open(folder: Path, fresh: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in LEFT_BEHIND if fresh else ():
-        path = folder / name
+    for path in [found for name in LEFT_BEHIND for found in folder.glob(name)] if fresh else ():
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)
+            path.unlink()
 
 
 def _check_results(folder: Path, done: int | None) -> None:
@@ -164,6 +164,7 @@ def _monitor(config: RunConfig, folder: Path, wandb: Wandb, done: int) -> Monito
 def _changes(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says instead of the file."""
     named = {"train.steps": options.steps, "train.seed": options.seed, "train.attention": options.attention,
+             "train.optimizer": options.optimizer, "train.context_parallel": options.context_parallel,
              "data.path": options.data}
     return {**parse_changes(options.set), **{key: value for key, value in named.items() if value is not None}}
 
@@ -187,6 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="train this many steps instead of the config's")
     parser.add_argument("--seed", type=int, help="of the weights and the batches, instead of the config's")
     parser.add_argument("--attention", help="muse, or exact for the baseline, instead of the config's")
+    parser.add_argument("--optimizer", help="adamw, or apex for NVIDIA's fused one, instead of the config's")
+    parser.add_argument("--context-parallel", type=int, metavar="RANKS", help="that share a sequence, 0 for all, "
+                        "instead of the config's")
     parser.add_argument("--data", metavar="FOLDER", help="tokens that python -m launch.data wrote, instead of the "
                         "config's")
     parser.add_argument("--set", nargs="+", default=[], metavar="TABLE.KEY=VALUE", action="extend",

@@ -63,7 +63,7 @@ class Trainer:
             if state[what] != here:
                 raise ValueError(f"the checkpoint of step {step} was made with {what} {state[what]}, and here it is "
                                  f"{here}: sequences would be lost or repeated. Take another --name, or --fresh")
-        self.checkpoints.load(step, self.engine.allocate())
+        self.checkpoints.load(step, self.engine.tensors())
         self.engine.go_on(state["updates"])
         self.guard = LossGuard(self.config.train, **state["guard"])
         self.step, self.sequences, self.saved = step, state["sequences"], step
@@ -172,7 +172,8 @@ class Trainer:
         tokens = config.train.batch * config.data.context
         exact = self.step <= config.train.exact_steps
         received, self._received = self.counter.total() - self._received, self.counter.total()
-        found = {"seconds": seconds, "first_sequence": self.sequences - config.train.batch,
+        found = {"seconds": seconds, "tokens_per_second": tokens / seconds,
+                 "first_sequence": self.sequences - config.train.batch,
                  "memory_bytes": used_memory(device), "received_bytes": received,
                  "attention": "exact" if exact else "muse", "stages": self.watch.read()}
         peak = peak_flops(device)

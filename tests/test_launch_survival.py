@@ -151,6 +151,17 @@ def test_twenty_kills_lose_and_repeat_nothing(launcher, data, tmp_path):
     assert_same(hit, calm)
 
 
+def test_a_run_that_is_stopped_before_its_first_step_goes_on(case, undisturbed):
+    run = case.start(2, "--set", "train.compare=true")  # which takes a while before
+    deadline = time.monotonic() + 60
+    while not case.run_folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    run.kill(0, signal.SIGTERM)
+    assert run.wait() == [0, 0], run.output()
+    case.finish()
+    assert_same(case, undisturbed)
+
+
 def test_sigterm_saves_and_ends_well(case, undisturbed):
     run = case.start()
     case.wait_for_steps(run, 3)

@@ -320,7 +320,8 @@ def test_plain_lines_where_stdout_is_no_terminal(run):
     lines = [line for line in run[1].splitlines() if line.startswith("step ")]
     assert len(lines) == 2 * 5
     assert "is finished after 5 steps. --steps takes more, --fresh starts again" in run[1]
-    assert all(re.fullmatch(r"step \d/5  loss \d\.\d{3}  [\d,]+ tokens/s  \d\d:\d\d left", line) for line in lines)
+    line = re.compile(r"step \d/5  loss \d\.\d{3}  [\d,]+ tokens/s  \d\d:\d\d left  \d\.\d\d GB")
+    assert all(line.fullmatch(found) for found in lines)
 
 
 def test_the_events_hold_every_step_of_the_last_run_only(run):
