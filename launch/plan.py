@@ -1,0 +1,192 @@
+"""Predict step time, memory and traffic of training on a cluster, before it is rented.
+
+    python -m launch.plan --config configs/1b.toml --nodes 1 8 16 128
+    python -m launch.plan --config configs/8b.toml --context 131072 262144 --inter 50 --rows launch/results rows.jsonl
+
+Work is counted: operations of the matrices and of every stage of the attention, bytes of weights, activations and
+exchanges. Rows that launch.bench and launch.scaling measured on the same kind of GPU say how fast each part is; a third
+of them is held out and shows the error. Without rows the speeds are shares of the data sheet's, and the output says so.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch.config import RunConfig, parse_changes
+from launch.options import write_line
+from launch.plan_machine import GPUS, Machine, known_machine
+from launch.plan_rates import Rates
+from launch.plan_rows import Rows, fit_rates, layer_errors, read_rows, split_rows
+from launch.plan_step import Prediction, fit_steps, overtakes, predict, setup_of, setup_of_row
+
+RESULTS = Path(__file__).parent / "results"
+GROUPS = {  # columns of the table, and the terms they add up
+    "attention": ("exact", "near field", "opened leaves", "far field", "moments", "remote moments", "choice",
+                  "ordering", "attention start"),
+    "dense": ("dense",), "other": ("elementwise", "optimizer", "fixed"),
+    "exchange": ("context exchange",), "state": ("weights and gradients",),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; see the head of this file. Returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        config = RunConfig.from_toml(options.config, changes=parse_changes(options.set))
+        machine = known_machine(options.gpu, options.per_node, options.inter * 1e9,
+                                None if options.intra is None else options.intra * 1e9)
+        rows = read_rows(options.rows if options.rows is not None else _results(), options.gpu)
+        dim = config.model.width // config.model.heads
+        print(calibration_text(machine, rows, dim))
+        machine, rates = calibrated(machine, rows, dim)
+        for context in options.context or [config.data.context]:
+            found = plan(config, machine, rates, options.nodes, context, options.context_parallel)
+            print(table(config, found, context, machine))
+            print(crossover_text(config, machine, rates, options.context_parallel))
+            for one in found if options.json is not None else ():
+                write_line(options.json, as_row(config, one, machine))
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+def _results() -> list[Path]:
+    """The rows that came with the package, where it is a checkout."""
+    return [RESULTS] if RESULTS.is_dir() else []
+
+
+def calibrated(machine: Machine, rows: Rows, dim: int) -> tuple[Machine, Rates]:
+    """Machine and rates with everything that was measured."""
+    machine, rates = fit_rates(machine, rows, dim)
+    return machine, fit_steps(machine, rates, rows.steps)
+
+
+def held_out_errors(machine: Machine, rows: Rows) -> dict[str, np.ndarray]:
+    """Relative errors of rows that the fit has not seen, by kind: "layers" and "steps"."""
+    kept, held = split_rows(rows)
+    errors: dict[str, list[float]] = {"layers": [], "steps": []}
+    for dim in sorted({layer.case.dim for layer in held.layers}):
+        _, rates = fit_rates(machine, kept, dim)
+        errors["layers"] += layer_errors(rates, [x for x in held.layers if x.case.dim == dim]).tolist()
+    for row in held.steps:
+        setup = setup_of_row(row)
+        there, rates = calibrated(machine, kept, setup.shape.dim)
+        errors["steps"].append(predict(setup, there, rates).seconds / row["seconds"] - 1)
+    return {kind: np.array(found) for kind, found in errors.items() if found}
+
+
+def calibration_text(machine: Machine, rows: Rows, dim: int) -> str:
+    """Which rows the prediction rests on, and how far it is from rows held out."""
+    if not len(rows):
+        return (f"{machine.name}: no measured rows. Speeds are assumed shares of the data sheet's: expect errors of "
+                "a factor, and compare only roughly. launch.bench and launch.scaling write rows")
+    others = "" if any(x.case.dim == dim for x in rows.layers) or not rows.layers else (
+        f"; none has this model's head dim of {dim}, so those of {sorted({x.case.dim for x in rows.layers})} stand in")
+    lines = [f"{machine.name}: fitted to {len(rows.layers)} layers, {len(rows.exchanges)} exchanges and "
+             f"{len(rows.steps)} steps that were measured{others}"]
+    for kind, errors in held_out_errors(machine, rows).items():
+        size = np.abs(errors)
+        lines.append(f"  error of {len(errors)} {kind} held out: median {np.median(size):.1%}, largest "
+                     f"{size.max():.1%}, mean {errors.mean():+.1%}")
+    lines += _memory_lines(machine, rows)
+    return "\n".join(lines)
+
+
+def _memory_lines(machine: Machine, rows: Rows) -> list[str]:
+    """Predicted over measured memory of the measured steps."""
+    there, rates = calibrated(machine, rows, 0)
+    ratios = [predict(setup_of_row(row), there, rates).memory.total / row["memory_bytes"] - 1
+              for row in rows.steps if row.get("memory_bytes")]
+    if not ratios:
+        return []
+    return [f"  error of the memory of {len(ratios)} steps, not fitted: median {np.median(np.abs(ratios)):.1%}, "
+            f"largest {np.abs(ratios).max():.1%}"]
+
+
+def plan(config: RunConfig, machine: Machine, rates: Rates, nodes: Sequence[int], context: int,
+         cp: int | None = None) -> list[Prediction]:
+    """A prediction for MuSe and for exact attention on every number of nodes.
+
+    The batch is the config's, or as many sequences as there are sets of GPUs where those are more.
+    """
+    found = []
+    for count in nodes:
+        world = count * machine.per_node
+        size = cp or config.train.context_parallel or world
+        sets = max(world // size, 1)
+        batch = -(-config.train.batch // sets) * sets
+        for exact in (False, True):
+            found.append(predict(setup_of(config, world, exact=exact, context=context, cp=size, batch=batch), machine,
+                                 rates))
+    return found
+
+
+def table(config: RunConfig, found: Sequence[Prediction], context: int, machine: Machine) -> str:
+    """Predictions as text; seconds by group of terms, and the term that takes the longest."""
+    parameters = found[0].setup.shape.parameters
+    lines = [f"\n{config.name}: {parameters:,} parameters, {context} tokens, on {machine.per_node} x {machine.name} "
+             f"a node, {machine.intra / 1e9:.0f} GB/s inside and {machine.inter / 1e9:.0f} GB/s a GPU between nodes",
+             f"{'GPUs':>6}{'shared by':>10}{'batch':>7}  {'attention':<10}{'step s':>9}"
+             + "".join(f"{name:>10}" for name in GROUPS)
+             + f"{'tokens/s/GPU':>14}{'GiB a GPU':>11}{'GB received':>13}  binds"]
+    for one in found:
+        setup = one.setup
+        seconds = [sum(one.terms.get(term, 0.0) for term in terms) for terms in GROUPS.values()]
+        full = " (does not fit)" if one.memory.total > machine.memory else ""
+        lines.append(f"{setup.world:>6}{setup.cp:>10}{setup.batch:>7}  {'exact' if setup.exact else 'muse':<10}"
+                     f"{one.seconds:>9.3f}" + "".join(f"{x:>10.3f}" for x in seconds)
+                     + f"{one.tokens_per_second / setup.world:>14,.0f}{one.memory.total / 2**30:>11.1f}"
+                     f"{sum(one.received.values()) / 1e9:>13.1f}  {one.binds}{full}")
+    return "\n".join(lines)
+
+
+def crossover_text(config: RunConfig, machine: Machine, rates: Rates, cp: int | None) -> str:
+    """From which context on MuSe is predicted to be faster, on the GPUs that share a sequence."""
+    size = cp or config.train.context_parallel or machine.per_node
+    setup = setup_of(config, size, exact=False, cp=size, batch=config.train.batch)
+    layer, step = overtakes(setup, machine, rates)
+    words = ["never up to 4M tokens" if tokens is None else f"from {tokens} tokens on" for tokens in (layer, step)]
+    return f"{size} GPU(s) a sequence: MuSe is faster than exact attention: the layer {words[0]}, the step {words[1]}"
+
+
+def as_row(config: RunConfig, one: Prediction, machine: Machine) -> dict[str, Any]:
+    """A prediction as a JSON line."""
+    setup = one.setup
+    return {"benchmark": "plan", "model": config.name, "device": machine.name, "context": setup.context,
+            "ranks": setup.world, "context_parallel": setup.cp, "batch": setup.batch,
+            "attention": "exact" if setup.exact else "muse", "muse": json.loads(setup.muse.encoded),
+            "seconds": one.seconds, "tokens_per_second": one.tokens_per_second, "terms": one.terms,
+            "binds": one.binds, "memory_bytes": one.memory.total, "received_bytes": one.received}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m launch.plan", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="TOML file of launch.train")
+    parser.add_argument("--set", nargs="+", default=[], metavar="TABLE.KEY=VALUE", action="extend",
+                        help="another setting, such as muse.opened=8 train.batch=32")
+    parser.add_argument("--context", type=int, nargs="+", help="tokens of a sequence (default: the config's)")
+    parser.add_argument("--context-parallel", type=int, metavar="GPUS",
+                        help="GPUs that share a sequence (default: the config's, where 0 is all)")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
+    parser.add_argument("--per-node", type=int, default=8, metavar="GPUS", help="(default: %(default)s)")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="H200", help="(default: %(default)s)")
+    parser.add_argument("--intra", type=float, metavar="GB/S", help="a GPU receives from its node, nominal "
+                        "(default: NVLink's; measured exchanges replace it)")
+    parser.add_argument("--inter", type=float, default=50.0, metavar="GB/S",
+                        help="a GPU receives from other nodes, nominal (default: %(default)s, a 400 Gbit/s adapter)")
+    parser.add_argument("--rows", type=Path, nargs="*", metavar="FILE",
+                        help="JSON lines, or folders of them, to calibrate by (default: launch/results)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append a JSON line a prediction to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""What one attention layer costs a rank: floating-point operations by stage, counted from the blocks it holds.
+
+A pair is one query of one head with one key, or with one leaf. The operations of a pair follow from the matrix products
+of `kernels/reference.py`, each of 2 * head dim operations; what grows slower than the pairs is left out.
+"""
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import lru_cache
+
+from muse_dist import MuseConfig
+from muse_dist.kernels.reference import PROBES
+from muse_dist.layout import Layout, LayoutName
+
+# Matrix products of a pair, forward and backward. Backward computes the logits again, and the moments with them.
+PRODUCTS = {
+    "exact": (2, 5),  # q k and p v; then q k, dout v, dq, dk, dv
+    "near field": (2, 5),
+    "opened leaves": (2, 5),
+    "far field": (2, 5),  # q key and p value; then these logits, dout value, dq, dkey, dvalue
+    "moments": (3, 9),  # a k, p k, p v; then all again, and a k, dkey k, dvalue v, dlogit a, p dkey, p dvalue
+    "remote moments": (3, 6),  # kept for the backward, not computed again
+    "choice": (1, 0),  # probes with keys
+}
+# How often the queries and keys of a layer move through memory for the far field: cut, sorted, and put back.
+MOVES = (6, 10)
+STAGES = (*PRODUCTS, "ordering", "start")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention layer: causal, one sequence of `tokens` tokens over `ranks` ranks; no `muse` is exact attention."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    tokens: int
+    muse: MuseConfig | None = None
+    ranks: int = 1
+    layout: LayoutName = "zigzag"
+
+
+@dataclass(frozen=True)
+class Work:
+    """By stage, what the busiest rank does: operations, for "ordering" bytes, and for "start" the number of layers."""
+
+    forward: dict[str, float]
+    backward: dict[str, float]
+
+
+@lru_cache(maxsize=4096)
+def attention_work(case: Case) -> Work:
+    """The work of a layer's forward and backward.
+
+    Raises:
+        ValueError: the attention is not causal, or the tokens do not divide into blocks over the ranks.
+    """
+    if case.muse is not None and not case.muse.causal:
+        raise ValueError("muse.causal=false: only causal attention is planned")
+    pairs = max((_pairs(case, rank) for rank in _ranks(case)), key=lambda found: sum(found.values()))
+    passes = [{stage: 2.0 * products[i] * case.dim * pairs[stage] for stage, products in PRODUCTS.items()
+               if pairs.get(stage) and products[i]} for i in (0, 1)]
+    for work, moves in zip(passes, MOVES):
+        work["start"] = 1.0
+        if pairs.get("far field"):
+            work["ordering"] = moves * 2.0 * case.dim * (case.heads + case.kv_heads) * case.tokens / case.ranks
+    return Work(*passes)
+
+
+def _ranks(case: Case) -> range | list[int]:
+    """Ranks that may be the busiest: the last of contiguous chunks, the first and the last pair of chunks."""
+    return [case.ranks - 1] if case.layout == "contiguous" else sorted({0, case.ranks // 2, case.ranks - 1})
+
+
+def _pairs(case: Case, rank: int) -> dict[str, float]:
+    """Pairs by stage that a rank computes, of all heads."""
+    if case.muse is None:
+        return {"exact": case.heads * _exact_pairs(case, rank)}
+    config, count = case.muse, -(-case.tokens // case.muse.block)
+    if case.ranks == 1:
+        mine = list(range(count))
+        chunks = {}
+    else:
+        split = Layout(case.layout, case.ranks, case.tokens, config.block)
+        mine = split.blocks_of(rank)
+        chunks = {chunk: split.blocks_of_chunk(chunk) for chunk in split.chunks_of(rank)}
+    found = {"near field": case.heads * sum(config.block ** 2 * (0.5 + min(i, config.halo)) for i in mine)}
+    own = count if case.ranks == 1 or config.exchange == "kv" else None
+    for i in mine:
+        everything = max(i - config.halo, 0)  # blocks in the far field
+        local = everything if own is not None else bisect_left(sorted(mine), i - config.halo)
+        pinned = config.sinks if own is not None or 0 in mine else 0  # leaves here that are no candidates
+        _add_far(found, case, config, local, everything - local, pinned)
+    if own is None:
+        found["remote moments"] = sum(_sent_moments(case, config, chunk, blocks)
+                                      for chunk, blocks in chunks.items())
+    return found
+
+
+def _exact_pairs(case: Case, rank: int) -> float:
+    """Of one head: half the square, or what a rank's chunks of it see."""
+    if case.ranks == 1 or case.layout == "zigzag":
+        return case.tokens ** 2 / 2 / case.ranks
+    chunk = case.tokens / case.ranks
+    return chunk ** 2 * (rank + 0.5)
+
+
+def _add_far(
+    found: dict[str, float], case: Case, config: MuseConfig, local: int, remote: int, pinned: int
+) -> None:
+    """Add what one block of queries does with `local` blocks whose keys are here and `remote` ones that are not."""
+    rows, keys = case.heads * config.block, local * config.block
+    leaves = local * (config.block // config.leaf)
+    chosen = min(config.opened, max(leaves - pinned, 0))
+    sinks = config.sinks if local + remote else 0
+    probes = PROBES if config.group % PROBES == 0 else 1
+    for stage, pairs in (
+            ("far field", rows * (leaves + remote * (config.block // config.remote_leaf))),
+            ("opened leaves", rows * (chosen + sinks) * config.leaf),
+            ("moments", case.kv_heads * config.anchors * keys),
+            ("choice", rows / config.group * probes * keys if config.opened else 0)):
+        found[stage] = found.get(stage, 0.0) + pairs
+
+
+def _sent_moments(case: Case, config: MuseConfig, chunk: int, blocks: list[int]) -> float:
+    """Keys times anchors of the moments of one chunk that other ranks see."""
+    split = Layout(case.layout, case.ranks, case.tokens, config.block)
+    mine = split.owner(chunk)
+    seen = sum(split.owner(other) != mine and split.blocks_of_chunk(other)[-1] - blocks[0] > config.halo
+               for other in range(split.chunks))
+    return case.kv_heads * config.remote_anchors * seen * len(blocks) * config.block

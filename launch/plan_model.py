@@ -1,0 +1,106 @@
+"""A Llama-like model in numbers: parameters, operations of its matrices, bytes of weights and activations."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launch.config import ModelConfig
+from launch.model import LOGITS
+from muse_dist import MuseConfig
+
+STATE_BYTES = 16  # of a parameter: fp32 weight, gradient and two moments of AdamW
+OPTIMIZER_BYTES = 40  # read and written of a parameter in a step: 12 to clip its gradient, 28 by AdamW
+LOGIT_BYTES = 14  # of a logit while its loss is computed: bf16 and fp32, and the gradients of both
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder with tied embeddings."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Shape:
+        """ValueError where the vocabulary is the data's, which nobody knows here."""
+        if not model.vocabulary:
+            raise ValueError("model.vocabulary=0 takes the size from the data; give it, such as "
+                             "--set model.vocabulary=32000")
+        return cls(model.layers, model.width, model.heads, model.kv_heads, model.mlp, model.vocabulary)
+
+    @property
+    def dim(self) -> int:
+        """Head dim."""
+        return self.width // self.heads
+
+    @property
+    def layer_matrices(self) -> int:
+        """Weights of a layer that multiply every token."""
+        return self.width * ((2 * self.heads + 2 * self.kv_heads) * self.dim + 3 * self.mlp)
+
+    @property
+    def parameters(self) -> int:
+        """All weights: embedding, layers with two norms each, and the last norm."""
+        return (self.vocabulary * self.width + self.layers * (self.layer_matrices + 2 * self.width) + self.width)
+
+    def forward_flops(self) -> tuple[float, float]:
+        """Operations a token of the layers' matrices, and of the logits; a backward takes twice as many."""
+        return 2.0 * self.layers * self.layer_matrices, 2.0 * self.vocabulary * self.width
+
+    def step_flops(self, tokens: int, local: int, recompute: bool) -> float:
+        """Operations of the matrices in a step over `tokens` tokens, of which a rank holds `local` of a sequence.
+
+        Recomputed layers go forward twice, up to the last input that a backward needs, which is that of the MLP's last
+        matrix; so do the logits where there are too many to keep.
+        """
+        layers, logits = self.forward_flops()
+        again = layers - 2.0 * self.layers * self.width * self.mlp if recompute else 0.0
+        return tokens * (3 * layers + again + logits * (4 if local > LOGITS else 3))
+
+    def layer_bytes(self, muse: MuseConfig | None) -> float:
+        """Bytes a token that one layer keeps for its backward, under bf16 autocast.
+
+        Two norms keep input and result in fp32, five matrix products a bf16 copy of their input each, the MLP four
+        tensors, attention q, k, v, out and log-sum-exp; MuSe its orders and opened leaves as int64 too.
+        """
+        kept = 26.0 * self.width + 8 * self.mlp + 4 * (self.heads + self.kv_heads) * self.dim + 4 * self.heads + 8
+        if muse is not None:
+            slots = (muse.opened + muse.sinks) / muse.group
+            kept += 8 * self.kv_heads + 8 * self.heads + 8 * self.heads * slots
+        return kept
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a GPU needs at its peak."""
+
+    state: float  # weights, gradients, optimizer
+    copies: float  # weights in bf16, buckets of gradients, layers that were gathered
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.state + self.copies + self.activations + self.logits
+
+
+def memory(shape: Shape, muse: MuseConfig | None, tokens: int, *, world: int, sharded: bool, recompute: bool) -> Memory:
+    """What a GPU holds that reads `tokens` tokens at a time.
+
+    Args:
+        world: all ranks; `sharded` splits the state over them.
+    """
+    parts = world if sharded else 1
+    if sharded:  # two layers and the embedding are there whole, in bf16
+        copies = 2.0 * (2 * shape.layer_matrices + shape.vocabulary * shape.width) * 2
+    else:
+        copies = 2.0 * shape.parameters + (4.0 * shape.parameters if world > 1 else 0.0)
+    layer = tokens * shape.layer_bytes(muse)
+    # One layer's gradients are there with its activations while the backward is in it.
+    kept = tokens * shape.layers * 4.0 * shape.width + 2 * layer if recompute else (shape.layers + 1) * layer
+    logits = min(tokens, LOGITS) * shape.vocabulary * LOGIT_BYTES
+    return Memory(STATE_BYTES * shape.parameters / parts, copies, kept, float(logits))

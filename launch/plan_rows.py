@@ -1,0 +1,163 @@
+"""Measured rows, as launch.bench and launch.scaling write them, and what a plan takes from them."""
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from launch.plan_attention import Case
+from launch.plan_machine import Machine
+from launch.plan_rates import Rates, assumed_rates, fit, fit_layers, layer_seconds
+from muse_dist import MuseConfig
+
+Row = dict[str, Any]
+Kind = TypeVar("Kind")
+HOLD_OUT = 3  # every third row is held out
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A measured attention layer: seconds of a forward and of a backward, exchanges left out."""
+
+    case: Case
+    forward: float
+    backward: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A measured exchange alone: bytes a rank received, and seconds."""
+
+    received: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What was measured on one kind of device, in a fixed order."""
+
+    layers: list[Layer]
+    exchanges: list[Exchange]
+    hidden: list[float]  # shares of exchanges' time that computing hid
+    steps: list[Row]  # of launch.scaling
+
+    def __len__(self) -> int:
+        return len(self.layers) + len(self.exchanges) + len(self.steps)
+
+
+def read_rows(paths: Iterable[Path], device: str) -> Rows:
+    """The usable rows of JSON-lines files (or of folders of them) whose device has `device` in its name.
+
+    Left out are rows that failed, or failed their check, and what is not planned: attention that is not causal,
+    windows, and rivals over several ranks.
+
+    Raises:
+        ValueError: a line is no JSON object. OSError: a file cannot be read.
+    """
+    found = [row for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])
+             for row in _lines(file)]
+    rows = [row for row in found if device in str(row.get("device"))]
+    layers = [layer for row in rows if (layer := _layer(row)) is not None]
+    exchanges = [one for row in rows for one in _exchanges(row)]
+    hidden = [row["hidden_share"] for row in rows if row.get("benchmark") == "exchange"]
+    steps = [row for row in rows if row.get("benchmark") == "scaling" and row.get("seconds") and "failed" not in row]
+    layers = _fastest_exact(layers)
+    layers.sort(key=lambda x: (x.case.dim, x.case.ranks, x.case.tokens, x.name, x.forward))
+    steps.sort(key=lambda row: (row["model"], row["attention"], row["context"], row["ranks"], row["seconds"]))
+    return Rows(layers, sorted(exchanges, key=lambda x: (x.received, x.seconds)), hidden, steps)
+
+
+def _lines(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: must be a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _layer(row: Row) -> Layer | None:
+    """The layer of an attention row on one rank, or the one without exchanges of an exchange row."""
+    kind = row.get("benchmark")
+    if "failed" in row or kind not in ("attention", "exchange"):
+        return None
+    muse = None if row["config"] is None else MuseConfig(**row["config"])
+    if muse is not None and not muse.causal:
+        return None
+    case = Case(row["heads"], row["kv_heads"], row["dim"], row["tokens"], muse, row["ranks"],
+                row.get("layout", "zigzag"))
+    if kind == "exchange":
+        return Layer(case, row["silent"]["forward"]["median"], row["silent"]["backward"]["median"], row["exchange"])
+    usable = row["ranks"] == 1 and row["causal"] and row["check"]["passed"] and row["variant"] != "flex_window"
+    return Layer(case, row["forward"]["median"], row["backward"]["median"], row["variant"]) if usable else None
+
+
+def _fastest_exact(layers: Sequence[Layer]) -> list[Layer]:
+    """MuSe is compared with the fastest exact attention: of several on the same problem the others are left out."""
+    best: dict[Case, Layer] = {}
+    for layer in layers:
+        if layer.case.muse is None:
+            other = best.get(layer.case)
+            if other is None or layer.forward + layer.backward < other.forward + other.backward:
+                best[layer.case] = layer
+    return [layer for layer in layers if layer.case.muse is not None or best[layer.case] is layer]
+
+
+def _exchanges(row: Row) -> list[Exchange]:
+    if row.get("benchmark") != "exchange":
+        return []
+    return [Exchange(row["received"][name], one["median"]) for name, one in row["alone"].items()
+            if row["received"].get(name)]
+
+
+def split_rows(rows: Rows) -> tuple[Rows, Rows]:
+    """Rows to fit and rows to judge the fit by: of every kind each third is held out."""
+    parts = []
+    for held in (False, True):
+        parts.append(Rows(_third(rows.layers, held), _third(rows.exchanges, held), rows.hidden,
+                          _third(rows.steps, held)))
+    return parts[0], parts[1]
+
+
+def _third(rows: Sequence[Kind], held: bool) -> list[Kind]:
+    """Each third row, or the others."""
+    return [row for i, row in enumerate(rows) if (i % HOLD_OUT == HOLD_OUT - 1) == held]
+
+
+def fit_links(machine: Machine, exchanges: Sequence[Exchange]) -> Machine:
+    """The machine with the speed and the start of the links inside a node that exchanges alone show.
+
+    The least squares of relative errors, as in `fit`; the links between nodes keep their speed.
+    """
+    if not exchanges:
+        return machine
+    found = fit([{"start": 1.0, "byte": one.received} for one in exchanges], [one.seconds for one in exchanges],
+                {"start": machine.start, "byte": 1 / machine.intra})
+    speed = 1 / found["byte"] if found["byte"] else machine.intra
+    return replace(machine, start=found["start"], intra=speed)
+
+
+def fit_rates(machine: Machine, rows: Rows, dim: int) -> tuple[Machine, Rates]:
+    """Machine and rates as measured; rows of other head dims count where there are none of this one."""
+    machine = fit_links(machine, rows.exchanges)
+    rates = assumed_rates(machine)
+    layers = [layer for layer in rows.layers if layer.case.dim == dim] or rows.layers
+    if layers:
+        rates = fit_layers(rates, [(x.case, x.forward, x.backward) for x in layers])
+    hidden = min(max(statistics.median(rows.hidden), 0.0), 1.0) if rows.hidden else 0.0
+    return machine, replace(rates, hidden=hidden, rows={"layers": len(layers), "exchanges": len(rows.exchanges)})
+
+
+def layer_errors(rates: Rates, layers: Sequence[Layer]) -> np.ndarray:
+    """Relative errors (predicted / measured - 1) of forward and backward together, layer by layer."""
+    return np.array([sum(layer_seconds(x.case, rates)) / (x.forward + x.backward) - 1 for x in layers])
