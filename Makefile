@@ -6,7 +6,7 @@ CONFIG ?= configs/tiny.toml
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test lint clean
+.PHONY: run test test-megatron lint clean
 
 # The GPUs of the machine, a power of two of them, share each sequence; two processes where there is none.
 run: $(STAMP)
@@ -16,6 +16,11 @@ run: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The launcher against a real checkout: make test-megatron MEGATRON_LM=../Megatron-LM
+test-megatron: $(STAMP)
+	@test -n '$(MEGATRON_LM)' || { echo 'Say where Megatron-LM is: make test-megatron MEGATRON_LM=...' >&2; exit 1; }
+	MEGATRON_LM='$(MEGATRON_LM)' $(BIN)/python -m pytest -n 0 tests/test_megatron_launcher.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -27,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo 'Python 3.10 or newer is needed: make PYTHON=python3.11 ...' >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 		{ echo 'Python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[launch,huggingface,deepspeed,mpi,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[launch,huggingface,megatron,deepspeed,mpi,dev]'
 	@touch $@
 
 clean:

@@ -54,9 +54,9 @@ def source(tmp_path):
     folder.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in ("muse_dist", "kernels", "launch"):
+    for name in ("muse_dist", "kernels", "megatron_patch", "launch"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    assert (folder / "muse_dist" / "kernels").is_symlink()
+    assert all((folder / "muse_dist" / link).is_symlink() for link in ("kernels", "megatron_patch"))
     return folder
 
 
@@ -74,7 +74,7 @@ def build(source, kind):
 
 def test_wheel_holds_every_module_under_its_import_name(source):
     unpacked, names = build(source, "wheel")
-    for folder in ("muse_dist", "muse_dist/kernels", "launch"):
+    for folder in ("muse_dist", "muse_dist/kernels", "muse_dist/megatron_patch", "launch"):
         expected = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
         assert expected
         assert expected <= names
@@ -122,7 +122,7 @@ def test_constraints_pin_what_make_installs_within_the_ranges():
 
     pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     installed = PROJECT["dependencies"] + [
-        r for extra in ("launch", "huggingface", "deepspeed", "mpi", "dev")
+        r for extra in ("launch", "huggingface", "megatron", "deepspeed", "mpi", "dev")
         for r in PROJECT["optional-dependencies"][extra]]
     for requirement in map(Requirement, installed):
         for python_version in ("3.10", "3.11", "3.12"):

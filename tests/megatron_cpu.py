@@ -1,0 +1,290 @@
+"""Megatron-core on CPU ranks: a shim for the places where it asks for CUDA, and a training loop of all its parts."""
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import queue
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from muse_dist import MuseConfig
+from muse_dist.layout import Layout
+
+TOKENS, VOCABULARY, BATCH = 256, 64, 4
+RATE = 1e-2
+
+
+class CudaAsCpu(TorchFunctionMode):
+    """Whatever is asked of CUDA happens on the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return "torch.cuda.FloatTensor"  # what the optimizer's clipping insists on
+        kwargs.pop("pin_memory", None)
+        if "device" in kwargs:
+            kwargs["device"] = _cpu(kwargs["device"])
+        if function is torch.Tensor.to:
+            args = tuple(map(_cpu, args))
+        return function(*args, **kwargs)
+
+
+def _cpu(device: Any) -> Any:
+    return torch.device("cpu") if str(device).split(":")[0] == "cuda" else device
+
+
+@contextlib.contextmanager
+def cuda_as_cpu() -> Iterator[None]:
+    """Let Megatron-core run on a machine without a GPU."""
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def set_state(state, *_, **__):
+        torch.set_rng_state(state)
+
+    replaced = {
+        (torch.cuda, "current_device"): lambda: torch.device("cpu"),
+        (torch.cuda, "synchronize"): lambda *_: None,
+        (torch.cuda, "reset_peak_memory_stats"): lambda *_: None,
+        (torch.cuda, "manual_seed"): torch.manual_seed,
+        (torch.cuda, "get_rng_state"): lambda *_: torch.get_rng_state(),
+        (torch.cuda, "set_rng_state"): set_state,
+        (megatron_random, "_get_cuda_rng_state"): lambda *_, **__: torch.get_rng_state(),
+        (megatron_random, "_set_cuda_rng_state"): set_state,
+    }
+    with contextlib.ExitStack() as stack:
+        for (place, name), value in replaced.items():
+            stack.enter_context(mock.patch.object(place, name, value))
+        stack.enter_context(CudaAsCpu())
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train the model for three steps. `muse` None: Megatron's own exact attention."""
+
+    muse: MuseConfig | None
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    vp: int | None = None
+    layers: frozenset[int] | None = None
+    distributed_optimizer: bool = False
+    dtype: torch.dtype = torch.float64
+    model: dict[str, Any] = field(default_factory=dict)  # further settings of the TransformerConfig
+    save: str | None = None  # folder for a checkpoint after the second step
+    load: str | None = None  # folder of the checkpoint to go on from
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rank has after training: loss (None before the last stage) and gradient norm a step, its parameters."""
+
+    history: list[tuple[float | None, float]]
+    parameters: dict[str, tuple[torch.Tensor, int | None]]  # by name in the whole model; the dimension TP splits
+    tp_rank: int
+
+
+def train_cases(cases: dict[str, Case]) -> dict[str, Trained]:
+    """Every case in turn, on the ranks of the running world."""
+    with cuda_as_cpu():
+        return {name: _train(case) for name, case in cases.items()}
+
+
+def _train(case: Case) -> Trained:
+    from megatron.core import parallel_state as state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    state.destroy_model_parallel()
+    state.initialize_model_parallel(case.tp, case.pp, case.vp, context_parallel_size=case.cp)
+    models, optimizer, schedule = build(case)
+    steps = range(2, 3) if case.load else range(3)
+    if case.load:
+        _restore(case.load, models, optimizer)
+        schedule.step(increment=2)
+    history = []
+    for step in steps:
+        for model in models:
+            model.zero_grad_buffer()
+        optimizer.zero_grad()
+        batches = _batches(case, step)
+        parts = get_forward_backward_func()(
+            forward_step_func=_forward, data_iterator=[iter(batches) for _ in models] if case.vp else iter(batches),
+            model=models, num_microbatches=len(batches), seq_length=TOKENS, micro_batch_size=1, forward_only=False)
+        _, norm, _ = optimizer.step()
+        schedule.step(increment=1)
+        history.append((_mean_loss(parts), float(norm)))
+        if case.save and step == 1:
+            _save(case.save, models, optimizer)
+    return Trained(history, _parameters(models), state.get_tensor_model_parallel_rank())
+
+
+def build(case: Case) -> tuple[list[Any], Any, Any]:
+    """Models (one a virtual stage) in Megatron's data-parallel wrapper, optimizer and schedule."""
+    from megatron.core import parallel_state as state
+    from megatron.core import tensor_parallel
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.module import Float16Module
+
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    config = transformer_config(case)
+    models = []
+    for stage in range(case.vp or 1):
+        if case.vp:
+            state.set_virtual_pipeline_model_parallel_rank(stage)
+        model = build_gpt(case, config, stage if case.vp else None)
+        _fill(model.to(case.dtype))
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=case.distributed_optimizer, grad_reduce_in_fp32=config.bf16)
+        models.append(DistributedDataParallel(config, ddp, Float16Module(config, model) if config.bf16 else model,
+                                              disable_bucketing=stage > 0))
+    optimizer = get_megatron_optimizer(OptimizerConfig(
+        optimizer="adam", lr=RATE, min_lr=RATE / 10, weight_decay=0.1, clip_grad=1.0, params_dtype=case.dtype,
+        bf16=config.bf16, use_distributed_optimizer=case.distributed_optimizer), models)
+    schedule = OptimizerParamScheduler(
+        optimizer, init_lr=RATE / 2, max_lr=RATE, min_lr=RATE / 10, lr_warmup_steps=1, lr_decay_steps=10,
+        lr_decay_style="cosine", start_wd=0.1, end_wd=0.1, wd_incr_steps=10, wd_incr_style="constant")
+    return models, optimizer, schedule
+
+
+def transformer_config(case: Case, **changes: Any) -> Any:
+    """RMSNorm, two query heads a key/value head, no dropout; weights that let attention matter."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.transformer import TransformerConfig
+
+    settings: dict[str, Any] = {
+        "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 64,
+        "tensor_model_parallel_size": case.tp, "context_parallel_size": case.cp,
+        "pipeline_model_parallel_size": case.pp, "virtual_pipeline_model_parallel_size": case.vp,
+        "normalization": "RMSNorm", "add_bias_linear": False, "attention_dropout": 0.0, "hidden_dropout": 0.0,
+        "use_cpu_initialization": True, "params_dtype": case.dtype, "pipeline_dtype": case.dtype,
+        "bf16": case.dtype == torch.bfloat16, "gradient_accumulation_fusion": False, "persist_layer_norm": False,
+        "calculate_per_token_loss": True, "finalize_model_grads_func": finalize_model_grads,
+    }
+    return TransformerConfig(**settings | case.model | changes)
+
+
+def build_gpt(case: Case, config: Any, stage: int | None = None) -> Any:
+    """The GPTModel of this rank, or of one of its virtual stages, from Megatron's local spec."""
+    from megatron.core import parallel_state as state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from muse_dist.megatron_patch.spec import use_muse
+
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization=config.normalization)
+    if case.muse is not None:
+        spec = use_muse(spec, case.muse, case.layers)
+    ends = {"ignore_virtual": False, "vp_stage": stage} if stage is not None else {}
+    return GPTModel(config, spec, VOCABULARY, TOKENS, position_embedding_type="rope",
+                    pre_process=state.is_pipeline_first_stage(**ends),
+                    post_process=state.is_pipeline_last_stage(**ends), vp_stage=stage)
+
+
+def _named(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters under the names they have in the model that is on one rank."""
+    for name, parameter in model.named_parameters():
+        head, layers, tail = name.partition("decoder.layers.")
+        if layers:
+            place, _, rest = tail.partition(".")
+            name = f"{head}{layers}{model.decoder.layers[int(place)].layer_number - 1}.{rest}"
+        yield name, parameter
+
+
+def _fill(model: Any) -> None:
+    """The same weights however the model is split: drawn for the whole, by name, then cut."""
+    from megatron.core import parallel_state as state
+
+    for name, parameter in _named(model):
+        if parameter.dim() == 1:
+            continue  # norms start at one
+        dim, ranks = _split(parameter), state.get_tensor_model_parallel_world_size()
+        shape = list(parameter.shape)
+        if dim is not None:
+            shape[dim] *= ranks
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        whole = torch.randn(shape, generator=generator, dtype=torch.float64) * (0.4 if "qkv" in name else 0.2)
+        part = whole if dim is None else whole.chunk(ranks, dim)[state.get_tensor_model_parallel_rank()]
+        parameter.data.copy_(part)
+
+
+def _split(parameter: torch.nn.Parameter) -> int | None:
+    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+
+
+def _parameters(models: list[Any]) -> dict[str, tuple[torch.Tensor, int | None]]:
+    inner = [model.module for model in models]
+    inner = [getattr(model, "module", model) for model in inner]
+    return {name: (p.detach().clone(), _split(p)) for model in inner for name, p in _named(model)}
+
+
+def _batches(case: Case, step: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """This rank's part of the step's sequences: text in which every token depends on the one 64 places before."""
+    from megatron.core import parallel_state as state
+
+    generator = torch.Generator().manual_seed(step)
+    text = torch.randint(VOCABULARY, (BATCH, 64), generator=generator).repeat(1, TOKENS // 64 + 1)[:, :TOKENS + 1]
+    places = torch.arange(TOKENS)
+    if case.cp > 1:
+        places = Layout("zigzag", case.cp, TOKENS, 1).positions(state.get_context_parallel_rank())
+    mine = text[state.get_data_parallel_rank()::state.get_data_parallel_world_size()]
+    return [(x[None, places], x[None, places + 1], places[None]) for x in mine]
+
+
+def _forward(batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
+    tokens, labels, places = next(batches)
+
+    def loss(losses):
+        total, count = losses.double().sum(), torch.tensor(losses.numel(), dtype=torch.int)
+        return total, count, {"loss": torch.stack([total.detach(), count.double()])}
+
+    return model(tokens, places, None, labels=labels), loss
+
+
+def _mean_loss(parts: list[dict[str, torch.Tensor]]) -> float | None:
+    from megatron.core import parallel_state as state
+
+    if not parts:
+        return None
+    total = torch.stack([part["loss"] for part in parts]).sum(0)
+    dist.all_reduce(total, group=state.get_data_parallel_group(with_context_parallel=True))
+    return (total[0] / total[1]).item()
+
+
+def _states(models: list[Any], optimizer: Any, loading: bool) -> dict[str, Any]:
+    (model,) = models
+    shards = {"model": model.module.sharded_state_dict()}
+    return shards | {"optimizer": optimizer.sharded_state_dict(shards["model"], is_loading=loading)}
+
+
+def _save(folder: str, models: list[Any], optimizer: Any) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if dist.get_rank() == 0:
+        Path(folder).mkdir()
+    dist.barrier()
+    # Its writers are children of the rank, which as a daemon of the test may have none, and report to a server process
+    # that would outlive it; they are waited for, so a queue does.
+    with mock.patch.dict(multiprocessing.current_process()._config, daemon=False), \
+            mock.patch.object(filesystem_async, "_results_queue", queue.Queue()):
+        dist_checkpointing.save(_states(models, optimizer, False), folder)
+
+
+def _restore(folder: str, models: list[Any], optimizer: Any) -> None:
+    from megatron.core import dist_checkpointing
+
+    states = dist_checkpointing.load(_states(models, optimizer, True), folder)
+    models[0].module.load_state_dict(states["model"])
+    optimizer.load_state_dict(states["optimizer"])
