@@ -9,7 +9,7 @@ import torch
 
 from launch.config import RunConfig
 from launch.corpus import Corpus
-from launch.engine import TorchEngine
+from launch.engine import Engine, TorchEngine
 from launch.model import attention, held_out_losses, seconds, token_losses
 from launch.monitor import Silent
 from launch.ranks import Ranks
@@ -53,7 +53,7 @@ def received(counter: ByteCounter, steps: int) -> dict[str, int]:
     return {name: count // steps for name, count in counter.received.items()} if steps else {}
 
 
-def measure(engine: TorchEngine, corpus: Corpus, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+def measure(engine: Engine, corpus: Corpus, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """Read the held-out tokens, and time forward and backward of a step, with the attention of the run.
 
     With `train.compare` also with the others; these run on one rank, each rank doing the same.
@@ -82,7 +82,7 @@ def measure(engine: TorchEngine, corpus: Corpus, config: RunConfig, ranks: Ranks
 
 
 def _as_trained(
-    engine: TorchEngine, sequences: torch.Tensor, corpus: Corpus, config: RunConfig, ranks: Ranks
+    engine: Engine, sequences: torch.Tensor, corpus: Corpus, config: RunConfig, ranks: Ranks
 ) -> tuple[torch.Tensor, float]:
     """Losses fp32 [count, n] of the held-out sequences, and the seconds of a step without its update."""
     split = ranks.split(config.data.context, config.muse.block) if ranks.size > 1 else None
@@ -93,7 +93,7 @@ def _as_trained(
 
 
 def _on_one_rank(
-    engine: TorchEngine, name: str, sequences: torch.Tensor, corpus: Corpus, config: RunConfig
+    engine: Engine, name: str, sequences: torch.Tensor, corpus: Corpus, config: RunConfig
 ) -> tuple[torch.Tensor, float]:
     """The same with another attention, on this rank alone."""
     read = partial(token_losses, engine.model)

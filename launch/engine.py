@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,40 @@ from launch.timing import Stopwatch
 from muse_dist import ByteCounter
 
 
-class TorchEngine:
+class Engine(Protocol):
+    """What the training loop asks of whatever runs its steps. All ranks call every method, in the same order."""
+
+    model: LlamaForCausalLM  # whose attention is looked at
+    module: nn.Module  # module(sequences [B, n], positions) runs the model: losses fp32
+    parameters: int  # numbers in the whole model
+    updates: int  # how often the weights have changed
+
+    def read_with(self, attention: str) -> None:
+        """Use "muse" or "exact" attention from now on."""
+
+    def gradients(self, sequences: Tensor, watch: Stopwatch) -> Tensor:
+        """Add up the gradients of this rank's sequences int64 [B, n]. Returns its share of the loss, a 0-d tensor."""
+
+    def clip(self) -> Tensor:
+        """Scale the gradients to a norm of at most `train.clip`. Returns the norm they had, a 0-d tensor."""
+
+    def update(self, rate: float) -> None:
+        """Take the step with this learning rate."""
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, by names that do not depend on the ranks, to be saved or overwritten."""
+
+    def go_on(self, updates: int) -> None:
+        """Continue where the weights had changed so many times; `tensors` have been overwritten."""
+
+    def save_model(self, folder: Path) -> None:
+        """Write the whole model as transformers reads it."""
+
+
+class TorchEngine(Engine):
     """PyTorch's own: DistributedDataParallel, or FSDP2 with `train.shard`.
 
     Args:
@@ -40,7 +74,7 @@ class TorchEngine:
         self.positions: Tensor | None = None
         if ranks.size > 1:
             self.positions = ranks.split(config.data.context, config.muse.block).positions(ranks.rank)
-        self.model: LlamaForCausalLM = build_model(config, ranks.device, ranks, counter, vocabulary)
+        self.model = build_model(config, ranks.device, ranks, counter, vocabulary)
         self.parameters = self.model.num_parameters()
         if config.train.recompute:
             recompute_activations(self.model)
@@ -129,8 +163,8 @@ class TorchEngine:
         set_steps(self.optimizer, updates)
         self.updates = updates
 
-    def save_model(self, folder: Any) -> None:
-        """Write the whole model as transformers reads it. All ranks call; one writes."""
+    def save_model(self, folder: Path) -> None:
+        """Write the whole model as transformers reads it, on one rank."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         if not self.config.train.shard:

@@ -28,6 +28,7 @@ from launch.engine import TorchEngine
 from launch.guard import StopSignal
 from launch.metrics import read_metrics
 from launch.monitor import Monitor, Silent, Wandb
+from launch.options import pick_device
 from launch.ranks import Ranks, join_ranks
 from launch.report import table, write_report
 from launch.trainer import Trainer
@@ -167,15 +168,6 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
              "train.optimizer": options.optimizer, "train.context_parallel": options.context_parallel,
              "data.path": options.data}
     return {**parse_changes(options.set), **{key: value for key, value in named.items() if value is not None}}
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU, or the CPU where there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU; take --device cpu")
-    return torch.device(name)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from torch import Tensor
 from launch.checkpoint import Checkpoints
 from launch.config import RunConfig
 from launch.corpus import Corpus
-from launch.engine import TorchEngine
+from launch.engine import Engine
 from launch.flops import peak_flops, step_flops
 from launch.guard import LossGuard, StopSignal, Watchdog
 from launch.monitor import Monitor, Silent
@@ -38,7 +38,7 @@ class Trainer:
     """
 
     def __init__(
-        self, engine: TorchEngine, corpus: Corpus, config: RunConfig, ranks: Ranks, monitor: Monitor | Silent,
+        self, engine: Engine, corpus: Corpus, config: RunConfig, ranks: Ranks, monitor: Monitor | Silent,
         checkpoints: Checkpoints | None = None, counter: ByteCounter | None = None, folder: Path | None = None,
     ) -> None:
         self.engine, self.corpus, self.config, self.ranks = engine, corpus, config, ranks

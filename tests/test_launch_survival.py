@@ -124,6 +124,7 @@ def assert_same(case, other):
     assert all(weights[name].equal(expected[name]) for name in expected)
 
 
+@pytest.mark.timeout(600)
 def test_twenty_kills_lose_and_repeat_nothing(launcher, data, tmp_path):
     steps = 90
     (tmp_path / "calm").mkdir(), (tmp_path / "hit").mkdir()

@@ -23,6 +23,7 @@ from launch.engine import TorchEngine
 from launch.model import attention, build_model, held_out_losses, register_attentions, token_losses
 from launch.monitor import Monitor, Silent
 from launch.optimizer import learning_rate
+from launch.options import pick_device
 from launch.ranks import Ranks
 from launch.report import by_position, table
 from launch.trainer import Trainer
@@ -387,9 +388,9 @@ def test_the_command_explains_what_is_wrong(tmp_path, capsys, arguments, message
 
 def test_no_gpu_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command.pick_device("auto") == CPU
+    assert pick_device("auto") == CPU
     with pytest.raises(ValueError, match="no GPU; take --device cpu"):
-        command.pick_device("cuda")
+        pick_device("cuda")
 
 
 def test_wandb_is_asked_for_and_missing(tmp_path, monkeypatch, capsys):

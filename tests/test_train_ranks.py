@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from muse_dist import MuseConfig, traffic
+from tests.launched import Launcher
 
 SETTINGS = """
 [model]
@@ -34,21 +36,25 @@ opened = 2
 """
 
 
-def run(folder, layout, ranks):
-    """results.json of a run."""
+@pytest.fixture(scope="module")
+def launcher():
+    with Launcher() as found:
+        yield found
+
+
+def run(launcher, folder, layout, ranks):
+    """results.json of a run, and what it printed."""
     (folder / "small.toml").write_text(SETTINGS.format(layout=layout))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "launch.train", "--config", str(folder / "small.toml"),
-               "--name", f"{layout}{ranks}", "--out", str(folder), "--device", "cpu"]
-    result = subprocess.run(command, text=True, capture_output=True, timeout=200, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads((folder / f"{layout}{ranks}" / "results.json").read_text()), result.stdout
+    started = launcher.start(["--config", folder / "small.toml", "--name", f"{layout}{ranks}", "--out", folder,
+                              "--device", "cpu"], ranks, folder)
+    assert started.wait(200) == [0] * ranks, started.output()
+    return json.loads((folder / f"{layout}{ranks}" / "results.json").read_text()), started.output()
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
-def test_two_ranks_learn_what_one_does(tmp_path, layout):
-    alone, _ = run(tmp_path, layout, 1)
-    both, printed = run(tmp_path, layout, 2)
+def test_two_ranks_learn_what_one_does(launcher, tmp_path, layout):
+    alone, _ = run(launcher, tmp_path, layout, 1)
+    both, printed = run(launcher, tmp_path, layout, 2)
     first = both["first_steps"]["loss"]
     assert first["one rank"] == pytest.approx(alone["history"]["loss"][:3], rel=1e-6)
     assert first["2 ranks, kv"] == pytest.approx(first["one rank"], rel=1e-6)
@@ -59,9 +65,8 @@ def test_two_ranks_learn_what_one_does(tmp_path, layout):
     assert "bytes, of which halo and sinks" in printed and "2 ranks, kv" in printed
 
 
-def test_the_traffic_of_a_step_is_what_is_predicted(tmp_path):
-    import torch
-    results, _ = run(tmp_path, "zigzag", 2)
+def test_the_traffic_of_a_step_is_what_is_predicted(launcher, tmp_path):
+    results, _ = run(launcher, tmp_path, "zigzag", 2)
     config = MuseConfig(block=32, leaf=8, group=16, anchors=2, remote_leaf=8, opened=2)
     wanted = traffic(config, (2, 2, 1, 256, 16), 2, dtype=torch.float32, rank=0)
     assert results["first_steps"]["traffic"] == {
