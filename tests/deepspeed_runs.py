@@ -1,14 +1,16 @@
 """Short DeepSpeed runs for the tests: the same training in one process of plain PyTorch and shared among ranks.
 
-As a program, `python deepspeed_runs.py FOLDER CASE...` runs cases in the process a launcher started, and writes what
+As a program, in the processes a launcher started, `python deepspeed_runs.py FOLDER CASE...` runs cases and writes what
 came of them to FOLDER/CASE.pt.
 """
 from __future__ import annotations
 
-import os
+import copy
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from muse_dist import MuseAttention, MuseConfig
+from muse_dist.emulation import emulate_ranks
 from muse_dist.huggingface import register
 
 MUSE = {"block": 8, "leaf": 4, "group": 4, "remote_leaf": 4, "anchors": 2, "opened": 2, "exchange": "kv"}
@@ -83,12 +85,11 @@ def make_model(kind: str, attention: Any = None, recompute: str = "none") -> nn.
     torch.manual_seed(0)
     if kind == "own":
         return OwnDecoder(attention, recompute)
-    return LlamaForCausalLM(llama_config())
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-
-def llama_config() -> LlamaConfig:
-    return LlamaConfig(vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, use_cache=False,
-                       num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, use_cache=False,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2))
 
 
 def batches(data_size: int, accumulation: int, steps: int = STEPS, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -101,27 +102,44 @@ def batches(data_size: int, accumulation: int, steps: int = STEPS, first: int = 
         yield tokens, tokens.where(kept, -100)
 
 
-def alone(case: Case, data_size: int = 1, config: MuseConfig | None = None) -> dict[str, Any]:
-    """The run in this process with whole sequences, plain PyTorch and one-device attention."""
-    config = config or MuseConfig(**MUSE)
-    register(config, "muse-alone")
-    model = make_model(case.model, MuseAttention(config))
-    if case.model == "llama":
-        model.set_attn_implementation("muse-alone")
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+def alone(case: Case, data_size: int = 1) -> dict[str, Any]:
+    """The run in this process with whole sequences and plain PyTorch; nothing of DeepSpeed or its adapter."""
+    model = alone_model(case)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    master = [p.detach().clone() for p in model.parameters()]  # of bf16 weights; else the weights' equals
+    if "bf16" in case.json:
+        model.bfloat16()
     found: dict[str, Any] = {"loss": [], "norm": []}
     for number, (tokens, labels) in enumerate(batches(data_size, case.accumulation), 1):
         positions = torch.arange(TOKENS).expand(data_size, -1)
-        loss = unshifted_loss(logits_of(model(input_ids=tokens, position_ids=positions)), labels)
+        loss = unshifted_loss(logits_of(model(input_ids=tokens, position_ids=positions)).float(), labels)
         found["loss"].append(loss.item())
         (loss / case.accumulation).backward()
         if number % case.accumulation == 0:
             found["norm"].append(nn.utils.clip_grad_norm_(model.parameters(), case.clip).item())
-            optimizer.step()
-            optimizer.zero_grad()
-    found["change"] = {name: p.detach() - start[name] for name, p in model.named_parameters()}
+            with torch.no_grad():
+                for full, p in zip(master, model.parameters()):
+                    full -= RATE * p.grad.float()
+                    p.copy_(full)
+            model.zero_grad()
+    found["change"] = {name: full - start[name] for full, name in zip(master, start)}
     return found
+
+
+def alone_model(case: Case) -> Any:
+    """The model with the attention of one device, or, for moments, with what ranks compute without any."""
+    config = MuseConfig(**{**MUSE, **{k: v for k, v in case.muse.items() if k == "exchange"}})
+    if case.model == "own":
+        return make_model("own", MuseAttention(config))
+    model = make_model(case.model)
+    emulated = partial(emulate_ranks, ranks=case.context, layout="zigzag")
+    register(config, "muse-alone", emulated if config.exchange == "moments" else None)
+    model.set_attn_implementation("muse-alone")
+    if "layers" in case.muse:  # the first is left out
+        first = model.model.layers[0].self_attn
+        first.config = copy.copy(first.config)
+        first.config._attn_implementation = "sdpa"
+    return model
 
 
 def unshifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -200,6 +218,9 @@ CASES: dict[str, Case] = {
        for stage in (2, 3)},
     "stage 1, torch recomputes, contiguous": Case(1, recompute="torch", muse={"layout": "contiguous"}),
     "stage 3, torch recomputes, zero.Init": Case(3, recompute="torch", sharded_start=True),
+    "stage 1, one layer": Case(1, muse={"layers": "1"}),
+    "stage 2, moments": Case(2, recompute="torch", muse={"exchange": "moments"}),
+    "stage 2, bf16": Case(2, clip=0.3, json={"bf16": {"enabled": True}}),
 }
 CASES_OF_FOUR: dict[str, Case] = {
     **{f"2 x 2, stage {stage}": Case(stage, accumulation=2, clip=0.3, zero=SMALL) for stage in range(4)},
@@ -208,84 +229,42 @@ CASES_OF_FOUR: dict[str, Case] = {
 CASES |= CASES_OF_FOUR
 
 
-ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.02, "eps": 0.01, "torch_adam": True}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 6,
-                                                     "warmup_type": "linear"}}}
-
-
-def saved(stage: int, context: int = 2, universal: bool = False) -> Case:
-    """A run with an optimizer and a schedule that must be restored, too."""
-    return Case(stage, context=context, json={**ADAM, "checkpoint": {"load_universal": universal}})
-
-
-def save_runs(folder: str) -> list[dict[str, Any]]:
-    """At every ZeRO stage: train, save, go on; what came after saving."""
-    from muse_dist.deepspeed import save
-
-    found = []
-    for stage in range(4):
-        engine = start_engine(saved(stage))
-        train(engine, saved(stage))
-        save(engine, Path(folder, str(stage)), {"sequences": 17})
-        found.append(go_on(engine, saved(stage)))
-    return found
-
-
-def resume_runs(folder: str) -> tuple[list[dict[str, Any]], str]:
-    """The same after loading, on as many ranks as there are; and what loading without conversion says."""
-    from muse_dist.deepspeed import load
-
-    context = int(os.environ["WORLD_SIZE"])
-    found = []
-    for stage in range(4):
-        case = saved(stage, context, universal=stage > 0)
-        engine = start_engine(case)
-        state = load(engine, Path(folder, str(stage)))
-        found.append({**go_on(engine, case), "state": state, "steps": engine.global_steps})
-    try:
-        load(start_engine(saved(2, context)), Path(folder, "2"))
-        problem = ""
-    except ValueError as error:
-        problem = str(error)
-    return found, problem
-
-
-def go_on(engine: Any, case: Case) -> dict[str, Any]:
-    start, rate = full_parameters(engine), engine.get_lr()
-    found = train(engine, case, first=STEPS)
-    return {**found, "rate": rate, "change": {name: p - start[name] for name, p in full_parameters(engine).items()}}
-
-
 def run_cases(names: list[str]) -> dict[str, dict[str, Any]]:
     """`shared` of several cases, one after the other in the same processes."""
     return {name: shared(CASES[name]) for name in names}
 
 
-def set_environment() -> None:
-    """What a launcher would have told this process of a group."""
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(dist.get_rank()), RANK=str(dist.get_rank()),
-                      WORLD_SIZE=str(dist.get_world_size()))
+def hang(engine: Any, where: str) -> None:
+    """Train; in the second step the last rank sleeps, before it takes part in what `where` names."""
+    from muse_dist.deepspeed import running
 
-
-def on_two_ranks(names: list[str], folder: str) -> tuple[Any, Any]:
-    """All that the tests want from two ranks."""
-    set_environment()
-    return run_cases(names), save_runs(folder)
-
-
-def on_more_or_less(names: list[str], folder: str) -> tuple[Any, Any]:
-    """All that they want from another number of ranks, after `on_two_ranks`."""
-    set_environment()
-    return run_cases(names), resume_runs(folder)
+    tokens = next(batches(1, 1))[0]
+    with running(engine):
+        for step in range(STEPS):
+            stuck = step == 1 and engine.muse.ranks.context_rank == 1
+            if stuck and where == "shard":
+                time.sleep(1000)
+            inputs, labels = engine.muse.shard(tokens)
+            engine.backward(engine.muse.loss(engine(**inputs), labels))
+            if stuck and where == "step":
+                time.sleep(1000)
+            engine.step()
+            print(f"done {step} {time.time()}", flush=True)
 
 
 def main() -> None:
+    """The program: FOLDER CASE... runs cases; `hang` STAGE WHERE is what its name says."""
     from muse_dist.deepspeed_ranks import leave_processes
 
     torch.set_num_threads(1)
+    if sys.argv[1] == "hang":
+        case = Case(int(sys.argv[2]), model="own", muse={"timeout_seconds": 10})
+        hang(start_engine(case), sys.argv[3])
+        return
     for name, found in run_cases(sys.argv[2:]).items():
         if dist.get_rank() == 0:
             torch.save(found, Path(sys.argv[1], f"{name}.pt"))
+            Path(sys.argv[1], "finished").touch()
     leave_processes()
 
 

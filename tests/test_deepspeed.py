@@ -12,16 +12,17 @@ import torch
 pytest.importorskip("deepspeed")
 
 from muse_dist.deepspeed_checkpoint import RESHARD
-from tests.deepspeed_runs import CASES, CASES_OF_FOUR, STEPS, Case, alone, on_more_or_less, on_two_ranks
+from tests.deepspeed_runs import CASES, CASES_OF_FOUR, STEPS, Case, alone
+from tests.deepspeed_worlds import on_more_or_less, on_two_ranks
 from tests.ranks import run_ranks
 
 TWO = [name for name in CASES if name not in CASES_OF_FOUR]
 
 
 @functools.cache
-def one(model, accumulation, clip, data_size=1):
+def one(model, accumulation, clip, data_size=1, **muse):
     """The run in one process; how ranks share it changes nothing."""
-    return alone(Case(0, model=model, accumulation=accumulation, clip=clip), data_size)
+    return alone(Case(0, model=model, accumulation=accumulation, clip=clip, muse=muse), data_size)
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +59,26 @@ def single(converted):
 @pytest.mark.parametrize("name", TWO)
 def test_two_ranks_train_as_one_process(two, name):
     case = CASES[name]
-    check([cases[name] for cases, _ in two], one(case.model, case.accumulation, case.clip))
+    muse = {key: value for key, value in case.muse.items() if key in ("exchange", "layers")}
+    wanted = one(case.model, case.accumulation, case.clip, **muse)
+    if "bf16" not in case.json:
+        check([rank[0][name] for rank in two], wanted)
+        return
+    plain = alone(case)  # in bf16, too: ranks may add no more error than it has
+    for rank in two:
+        assert distance(rank[0][name], wanted) < 1.5 * distance(plain, wanted) < 0.5
+
+
+def distance(found, wanted):
+    """Relative distance of the changes of all parameters."""
+    changes = [torch.cat([x.flatten() for x in run["change"].values()]) for run in (found, wanted)]
+    return (torch.dist(*changes) / changes[1].norm()).item()
 
 
 @pytest.mark.parametrize("name", CASES_OF_FOUR)
 def test_four_ranks_train_as_one_process(four, name):
     case = CASES[name]
-    check([cases[name] for cases, _ in four], one(case.model, case.accumulation, case.clip, 4 // case.context))
+    check([rank[0][name] for rank in four], one(case.model, case.accumulation, case.clip, 4 // case.context))
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -77,6 +91,41 @@ def test_a_run_of_two_ranks_goes_on_with_another_number(two, request, ranks, sta
         assert found[stage]["rate"] == pytest.approx(wanted["rate"])
         check([found[stage]], wanted)
         assert "another number of ranks" in problem and "ds_to_universal --input_folder" in problem
+
+
+REFUSED = {
+    "other tokens": "ranks that share a sequence got different ones",
+    "other labels": "or different labels",
+    "other length": "ranks that share a sequence got different ones",
+    "bad length": "tokens: 50 tokens over 2 ranks do not make whole blocks",
+    "bad shape": "must both be [B, N]",
+    "no engine": "use engine.muse.loss",
+    "too many ranks": "context_parallel_size=4 does not divide the 2 processes",
+    "no MuSe in own model": "has no MuSe layer of these ranks; build it with parallel.attention()",
+    "layers of own model": "muse.layers: is for models of transformers",
+    "too few layers": "the model has 2 layers, 0 to 1",
+    "other config": "config: differs from the one given to join",
+    "mpu": "mpu: the groups come from the config",
+    "args": "args.deepspeed_config: pass the path as config=",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_rank_is_told_what_is_wrong(two, name):
+    for _, _, said in two:
+        assert REFUSED[name] in said[name]
+
+
+def test_sequences_are_padded_if_asked(two):
+    shapes, labelled = zip(*(said["padded"].split("] ") for _, _, said in two))
+    assert shapes == ("[1, 32", "[1, 32")
+    assert sum(map(int, labelled)) == 49  # of 50 tokens the last has no successor
+
+
+def test_a_rank_hears_of_another_ones_problem(two):
+    first, second = (said["bad length of rank 1"] for _, _, said in two)
+    assert "another rank that shares the sequence could not use its batch" in first
+    assert "63 tokens over 2 ranks" in second
 
 
 def check(found, wanted):

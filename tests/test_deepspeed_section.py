@@ -1,0 +1,112 @@
+"""The section "muse" of a DeepSpeed config: what it may say, and what is refused with which words."""
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from muse_dist import MuseConfig
+from muse_dist.deepspeed_section import MuseSection, read_config
+
+REST = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+SECTION = {"preset": "fast", "opened": 8, "context_parallel_size": 4, "layers": "1-3,6", "layout": "contiguous",
+           "timeout_seconds": 30}
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "deepspeed").glob("*.json"))
+
+
+def config(changes=None, **section):
+    return {**REST, **(changes or {}), "muse": {"context_parallel_size": 2, **section}}
+
+
+@pytest.mark.parametrize("form", ["dict", "path", "base64"])
+def test_section_is_read_and_taken_out(form, tmp_path):
+    values = {**REST, "muse": SECTION}
+    given = values
+    if form == "path":
+        given = tmp_path / "ds.json"
+        given.write_text("# a comment\n" + json.dumps(values))  # HJSON, as DeepSpeed reads it
+    elif form == "base64":
+        given = base64.urlsafe_b64encode(json.dumps(values).encode()).decode()
+    section, rest = read_config(given)
+    assert section == MuseSection(MuseConfig.fast(opened=8), 4, "1-3,6", "contiguous", 30)
+    assert rest == REST
+    rest["zero_optimization"]["stage"] = 0
+    assert values == {**REST, "muse": SECTION}
+
+
+def test_layers_are_counted_from_zero():
+    section = read_config({**REST, "muse": SECTION})[0]
+    assert section.chosen_layers(8) == {1, 2, 3, 6}
+    assert read_config(config())[0].chosen_layers(3) == {0, 1, 2}
+    with pytest.raises(ValueError, match=r"muse.layers='1-3,6': the model has 6 layers, 0 to 5"):
+        section.chosen_layers(6)
+
+
+@pytest.mark.parametrize("section, message", [
+    ({"blok": 64}, r"unknown key 'blok' in the section \"muse\"; did you mean 'block'\?"),
+    ({"context_parallel": 2}, "did you mean 'context_parallel_size'"),
+    ({"layer": "1"}, "did you mean 'layers'"),
+    ({"zzz": 1}, "known keys: anchors, backend, block"),
+    ({"block": 100}, "block=100 is not leaf=64 times a power of two"),
+    ({"context_parallel_size": 0}, "context_parallel_size=0: must be a whole number of ranks, at least 1"),
+    ({"context_parallel_size": True}, "context_parallel_size=True"),
+    ({"layout": "ring"}, "layout='ring': must be one of contiguous, zigzag"),
+    ({"timeout_seconds": -1}, "timeout_seconds=-1: must be a positive number"),
+    *[({"layers": bad}, "must be \"all\", or numbers and ranges") for bad in ("", "3-1", "a", "1-2-3", 4, [1, 2])],
+])
+def test_bad_sections_are_refused_with_the_fix(section, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(config(**section))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"zero_optimization": {"stage": 3, "reduce_scatter": False}}, "reduce_scatter=false.*leave it at true"),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_hpz_partition_size: not supported"),
+    ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size: not supported"),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients: not supported"),
+    ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor: not supported"),
+    ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op: the loss is scaled for"),
+    ({"activation_checkpointing": {"partition_activations": True}}, "partition_activations: ranks hold different"),
+    ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size: tensor parallelism is not supported"),
+    ({"sequence_parallel_size": 2}, "\"sequence_parallel_size\": use muse.context_parallel_size instead"),
+])
+def test_settings_of_deepspeed_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(config(changes))
+    if "context" in message or "gradient" in message:
+        return
+    problem = {"zero_optimization": {"stage": 3, "reduce_scatter": False}, "sequence_parallel_size": 2}
+    with pytest.raises(ValueError, match="sequence_parallel_size.*; .*reduce_scatter"):  # all at once
+        read_config(config(problem))
+
+
+def test_one_rank_a_sequence_leaves_deepspeed_its_choices():
+    changes = {"zero_optimization": {"stage": 3, "reduce_scatter": False}, "gradient_predivide_factor": 2.0}
+    assert read_config(config(changes, context_parallel_size=1))[1] == {**REST, **changes}
+
+
+@pytest.mark.parametrize("values, message", [
+    (REST, "has no section \"muse\"; add \"muse\""),
+    ({**REST, "mus": {}}, "is 'mus' meant to be it"),
+])
+def test_a_missing_section_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(values)
+
+
+def test_a_section_that_is_no_section_is_refused():
+    with pytest.raises(TypeError, match="must be a section"):
+        read_config({**REST, "muse": 2})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_of_the_project_are_right(path):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    section, rest = read_config(path)
+    assert section.context_parallel_size > 1
+    assert DeepSpeedConfig(rest).gradient_clipping == 1.0
