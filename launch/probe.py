@@ -95,8 +95,11 @@ def _capture(model: LlamaForCausalLM, layers: Sequence[int]) -> Iterator[dict[in
     ) -> tuple[Tensor, Tensor | None]:
         if module.layer_idx in layers:
             scale = options.get("scaling")
-            found[module.layer_idx] = Captured(query[:1], key[:1], value[:1],
-                                               query.shape[-1] ** -0.5 if scale is None else scale)
+            # Autocast, which is over when the probe computes, leaves q, k and v in different dtypes.
+            kind = query.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+            given = (x[:1].to(dtype) for x in (query, key, value))
+            found[module.layer_idx] = Captured(*given, query.shape[-1] ** -0.5 if scale is None else scale)
         return inner(module, query, key, value, mask, **options)
 
     AttentionInterface.register("muse_probe", attention)

@@ -113,6 +113,18 @@ def test_two_ranks_see_what_one_sees(layout):
         assert 0 < numbers["opened"] <= alone[f"layer_{layer}"]["opened"] + 0.05, "leaves of other ranks stay closed"
 
 
+def test_the_probe_reads_what_autocast_computed():
+    alone = Ranks(0, 1, CPU, "zigzag")
+    engine, config, plain = probed(alone)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), probe._capture(engine.model, [0]) as found:
+        engine.model.model(SEQUENCES[:, :-1])
+    assert {found[0].q.dtype, found[0].k.dtype, found[0].v.dtype} == {torch.bfloat16}
+    split = probe.Layout("contiguous", 1, TOKENS, 16)
+    rounded = probe._named(probe._statistics(found[0], split, config.muse, alone)[None], 1)
+    assert rounded["near"] == pytest.approx(plain["layer_0"]["near"], abs=0.02)
+    assert rounded["error"] == pytest.approx(plain["layer_0"]["error"], abs=0.03)
+
+
 def test_layers_are_spread_evenly():
     assert sampled_layers(12, 3) == [0, 6, 11] or sampled_layers(12, 3) == [0, 5, 11]
     assert sampled_layers(2, 5) == [0, 1] and sampled_layers(7, 1) == [0]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaForCausalLM
 
+from launch import model as model_module
 from launch import train as command
 from launch.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig, parse_changes
 from launch.corpus import SEPARATOR, ArrayTokens, Corpus, load_corpus, permuted
@@ -253,6 +254,12 @@ def test_the_learning_rate_rises_and_falls():
 def test_sequences_in_pieces_learn_the_same(corpus):
     whole, pieces = (trained(changed(train={"batch": 4, "micro_batch": size}), corpus)[1] for size in (0, 1))
     assert pieces == pytest.approx(whole, rel=1e-5)
+
+
+def test_logits_in_pieces_change_nothing(corpus, monkeypatch):
+    whole = trained(SMALL, corpus)[1]
+    monkeypatch.setattr(model_module, "LOGITS", 48)
+    assert trained(SMALL, corpus)[1] == pytest.approx(whole, rel=1e-6)
 
 
 def test_recomputed_activations_change_nothing(corpus):

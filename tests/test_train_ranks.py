@@ -3,11 +3,21 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+from launch import model
+from launch.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from launch.corpus import ArrayTokens, Corpus
+from launch.engine import TorchEngine
+from launch.monitor import Silent
+from launch.ranks import Ranks
+from launch.trainer import Trainer
 from muse_dist import MuseConfig, traffic
 from tests.launched import Launcher
+from tests.ranks import run_ranks
 
 SETTINGS = """
 [model]
@@ -71,6 +81,24 @@ def test_the_traffic_of_a_step_is_what_is_predicted(launcher, tmp_path):
     wanted = traffic(config, (2, 2, 1, 256, 16), 2, dtype=torch.float32, rank=0)
     assert results["first_steps"]["traffic"] == {
         "moments": wanted.moments, "kv": wanted.kv, "ring": wanted.ring}
+
+
+def on_a_rank(logits):
+    """Losses of three steps with sharded weights, `logits` tokens through the head at a time."""
+    model.LOGITS = logits
+    config = RunConfig("sharded", ModelConfig(1, 16, 2, 1, 32),
+                       TrainConfig(steps=3, shard=True, recompute=True), DataConfig(context=128),
+                       muse=MuseConfig(block=16, leaf=8, group=8, anchors=1, remote_leaf=8, opened=2))
+    ranks = Ranks(dist.get_rank(), 2, torch.device("cpu"), "zigzag", *(dist.new_group() for _ in range(3)))
+    rows, tokens = [], ArrayTokens(np.arange(5000) % 61, np.array([0]))
+    Trainer(TorchEngine(config, ranks, 64), Corpus(tokens, tokens, 128, 64), config, ranks, Silent(rows)).run()
+    return [row["loss"] for row in rows]
+
+
+def test_sharded_heads_work_in_pieces():
+    """As long contexts need them; recomputed in the backward, when the weights must be whole once more."""
+    pieces, whole = (run_ranks(2, on_a_rank, logits)[0] for logits in (20, 4096))
+    assert len(pieces) == 3 and pieces == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_context_that_does_not_divide_is_refused_by_all(tmp_path):
