@@ -1,0 +1,63 @@
+"""What one run of a scaling sweep has measured, or why it failed."""
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from launch.config import ModelConfig
+from launch.metrics import read_metrics
+from launch.plan_model import Shape
+
+Row = dict[str, Any]
+
+
+def measured(folder: Path, skip: int) -> Row:
+    """A finished run of launch.train: times are medians over the steps after the first `skip`, memory is the most.
+
+    Raises:
+        ValueError: there are no steps after these.
+    """
+    results = json.loads((folder / "results.json").read_text())
+    config, rows = results["config"], read_metrics(folder / "metrics.jsonl")
+    counted = [row for row in rows if row["step"] > skip]
+    if not counted:
+        raise ValueError(f"--skip {skip} leaves none of the {len(rows)} steps; take more --steps")
+    seconds = sorted(row["seconds"] for row in counted)
+    tokens, middle = config["train"]["batch"] * config["data"]["context"], statistics.median(seconds)
+    model = ModelConfig(**config["model"])
+    return {"steps": len(rows), "tokens": tokens, "seconds": middle, "fastest": seconds[0], "slowest": seconds[-1],
+            "tokens_per_second": tokens / middle, "memory_bytes": max(row["memory_bytes"] for row in rows),
+            "received_bytes": counted[-1]["received_bytes"], "stages": _medians([row["stages"] for row in counted]),
+            "flop_utilisation": _median([row.get("flop_utilisation") for row in counted]),
+            "losses": [row["loss"] for row in rows],
+            "held_out": results["loss"].get(config["train"]["attention"]), "torch": results["torch"],
+            "parameters": results["parameters"], "vocabulary": _vocabulary(model, results["parameters"]),
+            "config": config}
+
+
+def _vocabulary(model: ModelConfig, parameters: int) -> int:
+    """Tokens of the embedding, which may be the data's: what is left of the parameters without the layers."""
+    rest = Shape(model.layers, model.width, model.heads, model.kv_heads, model.mlp, 0).parameters
+    return (parameters - rest) // model.width
+
+
+def _medians(tables: list[dict[str, float]]) -> dict[str, float]:
+    names = {name for table in tables for name in table}
+    return {name: statistics.median(table.get(name, 0.0) for table in tables) for name in sorted(names)}
+
+
+def _median(values: list[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.median(there) if there else None
+
+
+def reason(log: str, status: int) -> str:
+    """Why a run failed: the line of its log that says so, or the last one."""
+    lines = [line.split("]:", 1)[-1].strip() for line in log.splitlines() if line.strip()]
+    said = [line for line in lines if ": error: " in line]
+    raised = [line for line in lines
+              if line.split(":")[0].split(".")[-1].endswith(("Error", "Exception")) and ":" in line]
+    line = (said or raised or lines[-1:] or ["no output"])[0]
+    return f"exit status {status}: {line.split(': error: ')[-1][:300]}"

@@ -1,0 +1,177 @@
+"""A small sweep on the CPU: rows, failures, going on, and the report; and the report of rows that are made up."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import scaling
+from launch.plan_step import setup_of_row
+from launch.scaling_report import groups, main_table, scaling_table, strong, weak, write_report
+from launch.scaling_row import measured, reason
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = """
+[model]
+layers = 1
+width = 16
+heads = 2
+kv_heads = 1
+mlp = 32
+[train]
+batch = 2
+warmup = 2
+threads = 1
+[data]
+context = 128
+held_out_sequences = 1
+[log]
+checkpoint_every = 0
+[muse]
+block = 16
+leaf = 8
+group = 8
+anchors = 1
+remote_leaf = 8
+opened = 1
+"""
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    (tmp_path / "small.toml").write_text(SETTINGS)
+    return ["--config", str(tmp_path / "small.toml"), "--out", str(tmp_path / "out"), "--device", "cpu", "--steps", "5",
+            "--skip", "1"]
+
+
+def rows_in(folder):
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_a_sweep_keeps_failures_and_goes_on(arguments, tmp_path, capsys):
+    out = tmp_path / "out"
+    sweep = [*arguments, "--attention", "muse", "--ranks", "1", "2"]
+    # 48 tokens make three blocks: one rank reads them, two cannot share them.
+    assert scaling.main([*sweep, "--context", "48"]) == 1
+    good, bad = rows_in(out)
+    assert "do not make whole blocks" in bad["failed"] and bad["ranks"] == 2 and bad["failed"].startswith("exit status")
+    assert good["tokens"] == 96 and good["steps"] == 5 and len(good["losses"]) == 5
+    assert good["tokens_per_second"] == pytest.approx(96 / good["seconds"])
+    assert good["fastest"] <= good["seconds"] <= good["slowest"]
+    assert good["memory_bytes"] > 0 and good["stages"]["backward"] > 0
+    assert good["vocabulary"] == 257, "one token a byte, and one between files"
+    assert setup_of_row(good).shape.parameters == good["parameters"]
+    assert not (out / "small-48-1-muse" / "checkpoints").exists()
+
+    changed = (out / "rows.jsonl").stat().st_mtime_ns
+    assert scaling.main([*sweep, "--context", "48"]) == 1
+    assert (out / "rows.jsonl").stat().st_mtime_ns == changed, "nothing runs twice"
+    assert scaling.main(["--report", "--out", str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert "## Failed" in printed and "| small" in printed
+    for name in ("report.md", "strong.png", "weak.png", "speed.png", "loss.png"):
+        assert (out / name).stat().st_size > 100
+
+
+def test_an_interrupted_sweep_ends_its_run_and_goes_on_inside_it(arguments, tmp_path):
+    out = tmp_path / "out"
+    sweep = [*arguments[:-4], "--steps", "4000", "--attention", "exact"]
+    process = subprocess.Popen([sys.executable, "-m", "launch.scaling", *sweep], cwd=ROOT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = out / "small-128-1-exact" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert not (out / "rows.jsonl").exists()
+    behind = metrics.read_text().count("\n")
+    assert 3 < behind < 4000
+    time.sleep(0.3)
+    assert metrics.read_text().count("\n") == behind, "nothing runs on"
+    log = (out / "small-128-1-exact" / "log.txt").read_text()
+    assert "stopped by SIGTERM after step" in log
+
+    sweep[sweep.index("4000")] = str(behind + 3)
+    assert scaling.main(sweep) == 0
+    row, = rows_in(out)
+    assert row["steps"] == behind + 3
+    assert f"going on after step {behind}" in (out / "small-128-1-exact" / "log.txt").read_text()
+
+
+def test_a_run_that_takes_too_long_is_a_row_that_says_so(arguments, tmp_path):
+    assert scaling.main([*arguments, "--attention", "muse", "--limit", "0.5"]) == 1
+    row, = rows_in(tmp_path / "out")
+    assert row["failed"] == "not done in 0.5 s; --retry goes on with it"
+    assert scaling.read_done(tmp_path / "out" / "rows.jsonl").keys() == {scaling.Job("small", 128, 1, "muse")}
+
+
+def test_a_line_cut_off_is_measured_again_and_another_file_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"model": "a", "context": 1, "ranks": 1, "attention": "muse"}
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "ranks": 2})[:-9])
+    assert list(scaling.read_done(path)) == [scaling.Job("a", 1, 1, "muse")]
+    assert path.read_text() == json.dumps(row) + "\n"
+    path.write_text('{"model": "a"}\n')
+    with pytest.raises(ValueError, match="line 1: is no row of launch.scaling"):
+        scaling.read_done(path)
+
+
+def made(model="a", context=1024, ranks=1, attention="muse", speed=100.0, **more):
+    return {"model": model, "context": context, "ranks": ranks, "attention": attention, "tokens": context,
+            "seconds": context / speed, "tokens_per_second": speed, "memory_bytes": 2 ** 30, "received_bytes": 2 ** 20,
+            "losses": [3.0, 2.5], **more}
+
+
+def test_strong_and_weak_scaling_compare_what_belongs_together(tmp_path):
+    rows = [made(), made(ranks=2, speed=180.0), made(context=2048, ranks=2, speed=160.0), made(model="b"),
+            made(ranks=4, attention="exact")]
+    assert [[row["ranks"] for row in group] for group in groups(rows, strong).values()] == [[1, 2]]
+    assert [[row["context"] for row in group] for group in groups(rows, weak).values()] == [[1024, 2048]]
+    table = scaling_table(rows, strong)
+    assert "1.80x" in table and "90%" in table and "exact" not in table
+    assert "80%" in scaling_table(rows, weak)
+    assert scaling_table(rows[:1], strong).startswith("No runs to compare")
+    assert main_table(rows).count("\n") == len(rows) + 1 and "2.500" in main_table(rows)
+    assert "## Failed" not in write_report(rows, tmp_path)
+    text = write_report([{**made(), "failed": "out of memory"}], tmp_path)
+    assert "out of memory" in text and "![" not in (tmp_path / "report.md").read_text()
+
+
+def test_times_leave_the_first_steps_out(tmp_path):
+    config = {"model": {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "mlp": 32}, "data": {"context": 64},
+              "train": {"batch": 2, "attention": "muse"}}
+    (tmp_path / "results.json").write_text(json.dumps(
+        {"config": config, "loss": {"muse": 2.0}, "torch": "x", "parameters": 100 * 16 + 2352}))
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step, seconds in enumerate((9.0, 1.0, 3.0, 2.0), 1):
+            file.write(json.dumps({"step": step, "seconds": seconds, "memory_bytes": step, "received_bytes": 7,
+                                   "loss": 1.0, "stages": {"forward": seconds / 2}, "flop_utilisation": 0.1}) + "\n")
+    row = measured(tmp_path, 1)
+    assert (row["fastest"], row["seconds"], row["slowest"]) == (1.0, 2.0, 3.0)
+    assert row["stages"] == {"forward": 1.0} and row["memory_bytes"] == 4 and row["flop_utilisation"] == 0.1
+    assert row["vocabulary"] == 100 and row["tokens_per_second"] == 64.0
+    with pytest.raises(ValueError, match="--skip 4 leaves none of the 4 steps"):
+        measured(tmp_path, 4)
+
+
+@pytest.mark.parametrize("log, wanted", [
+    ("usage: x\n[rank0]: torch.OutOfMemoryError: no room\nmore\nRuntimeError: late", "torch.OutOfMemoryError: no room"),
+    ("train: error: q: 48 tokens\nValueError: x", "q: 48 tokens"),
+    ("just\nended", "ended"), ("", "no output")])
+def test_reason_is_the_line_that_says_it(log, wanted):
+    assert reason(log, 3) == f"exit status 3: {wanted}"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "--config: give at least one"), (["--report"], "has no rows; start without --report"),
+    (["--config", "configs/tiny.toml", "configs/../configs/tiny.toml"], "two files have the same name"),
+    (["--config", "missing.toml"], "missing.toml")])
+def test_command_names_what_cannot_be(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        scaling.main([*arguments, "--out", str(tmp_path)])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
