@@ -1,0 +1,82 @@
+"""launch.bench step: every attention is a row, with what it measured or why it could not."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from launch.bench_step import _last_error, measure, step_table
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--config", "configs/tiny.toml", "--tokens", "512", "--device", "cpu", "--warmup", "1", "--steps", "2"]
+
+
+def bench(*arguments):
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "launch.bench", "step", *arguments], cwd=ROOT, env=environment,
+                          text=True, capture_output=True)
+
+
+def test_rows_side_by_side_in_one_run(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    found = bench(*SMALL, "--stage", "3", "--attention", "moments", "ulysses", "torch-cp", "--json", str(rows))
+    assert found.returncode == 0, found.stderr
+    moments, ulysses, ring = map(json.loads, rows.read_text().splitlines())
+    for row in (moments, ulysses):
+        assert row["ranks"] == 2 and row["tokens"] == 512 and row["stage"] == 3 and row["recompute"]
+        assert len(row["seconds"]) == 2 and len(row["losses"]) == 3 and row["memory_gib"] is None
+        assert min(row["seconds"]) <= row["step_seconds"] <= max(row["seconds"])
+        assert row["tokens_per_second"] == pytest.approx(512 / row["step_seconds"])
+    # The same weights and sequences: far fields of a few leaves cost little at the start of training.
+    assert moments["losses"] == pytest.approx(ulysses["losses"], abs=0.05)
+    assert ring["error"] == "NotImplementedError: torch's context_parallel has no attention for the CPU"
+    lines = found.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["attention", "moments", "ulysses", "torch-cp"]
+    assert lines[2].endswith("1.00x") and "no attention for the CPU" in lines[3]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--set", "block=100"], "block=100 is not leaf=16 times a power of two"),
+    (["--tokens", "500"], "500 tokens over 2 ranks do not make whole blocks"),
+    (["--steps", "0"], "--steps 0: must be at least 1"),
+    (["--set", "blok=128"], "did you mean 'block'"),
+    (["--config", "configs/none.toml"], "none.toml"),
+])
+def test_what_cannot_be_is_said_at_once(arguments, message):
+    found = bench(*SMALL, *arguments)
+    assert found.returncode == 2 and message in found.stderr
+
+
+def test_a_run_that_takes_too_long_is_a_row():
+    job = {"attention": "kv", "ranks": 1, "device": "cpu"}
+    assert measure(job, limit=0.5)["error"].startswith("not done in 0.5 s")
+
+
+def test_the_first_error_of_a_log_is_named():
+    log = ("[rank1]: Traceback (most recent call last):\n[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried\n"
+           "[rank0]: RuntimeError: another rank died\nChildFailedError:\n")
+    assert _last_error(log) == "torch.OutOfMemoryError: CUDA out of memory. Tried"
+    assert _last_error("killed") == "killed" and _last_error("") == "no output"
+
+
+def row(name, speed, loss):
+    return {"attention": name, "step_seconds": 1.0, "seconds": [1.0], "tokens_per_second": speed, "memory_gib": 2.0,
+            "loss": loss}
+
+
+def test_speed_ups_are_over_the_fastest_exact_attention():
+    table = step_table([row("moments", 300, 5.1), row("ulysses", 100, 5.0), row("torch-cp", 200, 5.0)]).splitlines()
+    assert [line.split()[-1] for line in table[1:]] == ["1.50x", "0.50x", "1.00x"]
+
+
+def test_no_speed_up_where_exact_attentions_disagree():
+    table = step_table([row("moments", 300, 5.1), row("ulysses", 100, 5.0), row("torch-cp", 200, 5.1)]).splitlines()
+    assert [line.split()[-1] for line in table[1:4]] == ["-"] * 3 and "differ by more than" in table[4]
+    failed = {"attention": "ulysses", "error": "ValueError: no"}
+    assert step_table([row("moments", 300, 5.1), failed]).splitlines()[1].endswith("-")
