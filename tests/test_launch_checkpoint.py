@@ -14,6 +14,7 @@ from launch.checkpoint import Checkpoints
 from launch.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"), "zigzag")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def tensors(value):
