@@ -4,50 +4,67 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-LONGEST = 256  # groups that one program reads; leaves with more readers, such as sinks, are shared by several programs
+LONGEST = 256  # readers that one program sums up; leaves with more, such as sinks, are shared by several programs
 
 
 class Readers(NamedTuple):
-    """Work items, each a leaf and a run of the groups that opened it.
+    """Slots of `opened` sorted by the leaf that stands in them.
 
-    There are L = J * batch leaves; leaf j of batch b is j * batch + b.
+    Leaf j of batch b is called j * batch + b: early leaves have the most readers, and long work should start first.
+    The list is cut at every multiple of `longest`, too. A program sums up one piece, of one leaf: the first piece of
+    every leaf, and every piece that begins at a cut.
     """
 
-    group: Tensor  # int32 [entries] groups of a batch, those of each leaf together and in order
-    leaf: Tensor  # int32 [items], L where there is no such item
-    first: Tensor  # int32 [items] its run of `group`
-    last: Tensor  # int32 [items] one behind the run
-    slot: Tensor  # int32 [items] the partial sum the item writes; -1: it is the leaf's only one
-    shared: Tensor  # int32 [L, 2] the partial sums of a leaf: the first, and how many; 0 if it has one item
-    slots: int  # partial sums there may be
+    slot: Tensor  # int64 [slots] places in `opened` [batch, groups, O]; those of each leaf together and in order
+    name: Tensor  # int32 [slots] the leaf in each of them; leaves * batch for an empty slot
+    bounds: Tensor  # int32 [leaves * batch + 1] where the slots of each leaf begin
+    longest: int
+
+    @property
+    def cuts(self) -> int:
+        """Pieces that may begin at a cut."""
+        return -(-self.slot.shape[0] // self.longest)
 
 
 def leaf_readers(opened: Tensor, leaves: int, longest: int = LONGEST) -> Readers:
-    """Invert opened leaves [batch, groups, O] (-1: empty slot) to lists of groups. Nothing waits for the device.
+    """Invert opened leaves [batch, groups, O] (-1: empty slot). Nothing waits for the device."""
+    batch, count = opened.shape[0], opened.numel()
+    name = torch.empty(count, dtype=torch.int32, device=opened.device)
+    _names[(triton.cdiv(count, 1024),)](opened.contiguous(), name, batch, count // batch, count, leaves, TILE=1024)
+    name, slot = name.sort(stable=True)
+    every = torch.arange(leaves * batch + 1, device=name.device, dtype=torch.int32)
+    return Readers(slot, name, torch.searchsorted(name, every, out_int32=True), longest)
 
-    Sizes follow from the shapes alone: the number of items and partial sums are upper bounds.
+
+@triton.jit
+def _names(opened, name, batch, per_batch, count, leaves, TILE: tl.constexpr):
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    leaf = tl.load(opened + at, mask=at < count, other=-1).to(tl.int32)
+    tl.store(name + at, tl.where(leaf < 0, leaves * batch, leaf * batch + at // per_batch), mask=at < count)
+
+
+@triton.jit
+def piece(item, name, bounds, names, cuts, longest):
+    """What program `item` sums up: its leaf's name, the slots from first to before last, and its partial sum.
+
+    Programs 0 to cuts - 1 take pieces that begin at a cut; name = -1 if a leaf begins there or none does. The others
+    take the first pieces. The partial sum is -1 where a piece is all of its leaf.
     """
-    batch, _, slots = opened.shape
-    offset = torch.arange(batch, device=opened.device, dtype=torch.int32)[:, None, None]
-    total = leaves * batch
-    # Leaf by leaf, not batch by batch: early leaves have the most readers, and long work should start first.
-    name = torch.where(opened < 0, total, opened * batch + offset).to(torch.int32).flatten()
-    name, entry = name.sort(stable=True)
-    bounds = torch.searchsorted(name, torch.arange(total + 1, device=name.device, dtype=torch.int32), out_int32=True)
-    start, count = bounds[:-1], bounds.diff()
-    chunks = ((count + longest - 1) // longest).clamp(min=1)
-    behind = chunks.cumsum(0, dtype=torch.int32)
-    item = torch.arange(total + len(entry) // longest, device=name.device, dtype=torch.int32)
-    leaf = torch.searchsorted(behind, item, right=True, out_int32=True)
-    used = leaf.clamp(max=total - 1)
-    nth = item - (behind - chunks)[used]
-    first = start[used] + nth * longest
-    last = torch.minimum(first + longest, (start + count)[used])
-    partial = torch.where(chunks > 1, chunks, 0)
-    before = partial.cumsum(0, dtype=torch.int32) - partial
-    slot = torch.where(chunks[used] > 1, before[used] + nth, -1)
-    group = entry // max(slots, 1) % opened.shape[1]
-    return Readers(group.to(torch.int32), leaf, first, last, slot, torch.stack([before, partial], 1),
-                   2 * len(entry) // longest)
+    if item < cuts:
+        first = item * longest
+        leaf = tl.load(name + first)
+        begin = tl.load(bounds + tl.minimum(leaf, names))
+        leaf = tl.where((leaf >= names) | (begin >= first), -1, leaf)
+        last = tl.minimum(tl.load(bounds + tl.maximum(leaf, 0) + 1), first + longest)
+        place = item
+    else:
+        leaf = item - cuts
+        first = tl.load(bounds + leaf)
+        end = tl.load(bounds + leaf + 1)
+        last = tl.minimum(end, (first // longest + 1) * longest)
+        place = tl.where(last < end, cuts + first // longest, -1)
+    return leaf, first, last, place

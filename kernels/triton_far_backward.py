@@ -13,7 +13,8 @@ from torch import Tensor
 from muse_dist.kernels.leaf_readers import leaf_readers
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
-    LOG2E, PRECISION, BackwardTiles, backward_tiles, leaf_span, load_base2, load_rows, load_vector, store_rows,
+    LOG2E, PRECISION, BackwardTiles, backward_tiles, leaf_span, load_base2, load_rows, load_vector, products,
+    store_rows,
 )
 from muse_dist.kernels.triton_far import FarCall, anchor_of, opened_keys, seen_leaves, squared_steps
 from muse_dist.kernels.triton_opened_backward import opened_backward
@@ -60,7 +61,7 @@ def far_field_backward(
 def _query_step(dq, logit, base, rows_up, delta, keys, values):
     """Adds the part of dq that some keys give, and returns the gradient of their logits too."""
     p = tl.exp2(logit - base[:, None])
-    d_logit = p * (tl.dot(rows_up, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+    d_logit = p * (products(rows_up, values) - delta[:, None])
     return tl.dot(d_logit.to(keys.dtype), keys, dq, input_precision=PRECISION), d_logit
 
 
@@ -102,7 +103,7 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, hi
         ok = seen_leaves(leaf, begin, stop, query_id, key_ids, halo, PER_BLOCK, CAUSAL, GAPS)
         mean_key = load_rows(key + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
         mean_value = load_rows(value + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
-        logit = tl.dot(rows, tl.trans(mean_key), input_precision=PRECISION) * scale2
+        logit = products(rows, mean_key) * scale2
         logit += tl.load(shift + source * leaves + leaf, mask=ok, other=float("-inf"))[None, :]
         if TRACE:
             spread = tl.load(trace + source * leaves + leaf, mask=ok, other=0.0)
@@ -120,7 +121,7 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, hi
             key_row, ok = opened_keys(opened + at * SLOTS, valid, turn, batch * held, SLOTS, LEAF, KEYS, HAS_VALID)
             keys = load_rows(k, key_row, ok, DIM, DIM_PAD)
             values = load_rows(v, key_row, ok, DIM, DIM_PAD)
-            logit = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale2
+            logit = products(rows, keys) * scale2
             logit = tl.where(ok[None, :], logit, float("-inf"))
             grad, d_logit = _query_step(grad, logit, base, rows_up, shared, keys, values)
     grad *= scale

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muse_dist.kernels.leaf_readers import Readers
+from muse_dist.kernels.leaf_readers import Readers, piece
 from muse_dist.kernels.triton_common import (
     LOG2E, PRECISION, Tile, add_rows, flags, in_place, keep_heads, load_base2, load_rows, padded, side, store_rows,
 )
@@ -31,29 +31,31 @@ def opened_backward(
     batch, size = k.shape[0] * k.shape[1], q.shape[4]
     dk, dv = total or tuple(torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     (dk_at, held_out), (dv_at, _) = in_place(dk), in_place(dv)
-    partial = torch.empty((max(readers.slots, 1), 2, leaf, dim), dtype=torch.float32, device=k.device)
+    partial = torch.empty((max(2 * readers.cuts, 1), 2, leaf, dim), dtype=torch.float32, device=k.device)
     keys = side(leaf, tile.keys, tile.warps)
     constants = {"LEAF": leaf, "DIM": dim, "KEYS": keys, "DIM_PAD": padded(dim), "ADD": total is not None,
                  "num_warps": tile.warps}
     tiles = -(-leaf // keys)
-    _backward[readers.leaf.shape[0], tiles](
-        dout, q, k, v, flags(valid), lse, delta, *readers[:5], partial, dk_at, dv_at, scale, batch,
-        leaves, held, held_out, q.shape[2] * q.shape[3], SIZE=size, HAS_VALID=valid is not None,
-        ROWS=max(tile.rows, 4 * tile.warps), num_stages=tile.stages, **constants)
-    _add_partials[leaves * batch, tiles](readers.shared, partial, dk_at, dv_at, batch, leaves, held_out, **constants)
+    groups = q.shape[2] * q.shape[3]
+    _backward[readers.cuts + leaves * batch, tiles](
+        dout, q, k, v, flags(valid), lse, delta, *readers[:3], partial, dk_at, dv_at, scale, batch, leaves, held,
+        held_out, readers.cuts, readers.longest, SLOTS=readers.slot.shape[0] // (batch * groups), SIZE=size,
+        HAS_VALID=valid is not None, ROWS=max(tile.rows, 4 * tile.warps), num_stages=tile.stages, **constants)
+    _add_partials[leaves * batch, tiles](
+        readers.bounds, partial, dk_at, dv_at, batch, held_out, readers.cuts, readers.longest, **constants)
     return dk, dv
 
 
 @triton.jit
-def _backward(dout, q, k, v, valid, lse, delta, reader, leaf_of, first_of, last_of, slot_of, partial, dk, dv, scale,
-              batch, leaves, held, held_out, groups, SIZE: tl.constexpr, HAS_VALID: tl.constexpr, ROWS: tl.constexpr,
-              LEAF: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, DIM_PAD: tl.constexpr, ADD: tl.constexpr):
-    item = tl.program_id(0)
-    name = tl.load(leaf_of + item)
-    if name >= leaves * batch:
+def _backward(dout, q, k, v, valid, lse, delta, slot, name, bounds, partial, dk, dv, scale, batch, leaves, held,
+              held_out, cuts, longest, SLOTS: tl.constexpr, SIZE: tl.constexpr, HAS_VALID: tl.constexpr,
+              ROWS: tl.constexpr, LEAF: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, DIM_PAD: tl.constexpr,
+              ADD: tl.constexpr):
+    called, first, last, sum_at = piece(tl.program_id(0), name, bounds, leaves * batch, cuts, longest)
+    if called < 0:
         return
-    leaf = name // batch
-    head = (name % batch).to(tl.int64)
+    leaf = called // batch
+    head = (called % batch).to(tl.int64)
     place = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     inside = place < LEAF
     exists = inside
@@ -66,12 +68,11 @@ def _backward(dout, q, k, v, valid, lse, delta, reader, leaf_of, first_of, last_
     grad_v = tl.zeros((KEYS, DIM_PAD), tl.float32)
 
     # Rows of all the groups that opened the leaf, one behind the other: a tile may hold several groups, or part of one.
-    begin = tl.load(first_of + item)
-    end = (tl.load(last_of + item) - begin) * SIZE
+    end = (last - first) * SIZE
     for start in range(0, end, ROWS):
         at = start + tl.arange(0, ROWS)
         ok = at < end
-        group = head * groups + tl.load(reader + begin + at // SIZE, mask=ok, other=0)
+        group = tl.load(slot + first + at // SIZE, mask=ok, other=0) // SLOTS  # of all batches' groups
         row = group * SIZE + at % SIZE
         rows = load_rows(q, row, ok, DIM, DIM_PAD)
         rows_up = load_rows(dout, row, ok, DIM, DIM_PAD)
@@ -84,32 +85,34 @@ def _backward(dout, q, k, v, valid, lse, delta, reader, leaf_of, first_of, last_
         grad_v = tl.dot(p.to(rows.dtype), rows_up, grad_v, input_precision=PRECISION)
         grad_k = tl.dot(d_logit.to(rows.dtype), rows, grad_k, input_precision=PRECISION)
     grad_k *= scale
-    slot = tl.load(slot_of + item).to(tl.int64)
-    if slot < 0:
+    if sum_at < 0:
         to = (head * held_out + leaf) * LEAF * DIM
         add_rows(dk + to, place, inside, grad_k, DIM, DIM_PAD, ADD)
         add_rows(dv + to, place, inside, grad_v, DIM, DIM_PAD, ADD)
     else:
-        store_rows(partial + 2 * slot * LEAF * DIM, place, inside, grad_k, DIM, DIM_PAD)
-        store_rows(partial + (2 * slot + 1) * LEAF * DIM, place, inside, grad_v, DIM, DIM_PAD)
+        to = 2 * sum_at.to(tl.int64) * LEAF * DIM
+        store_rows(partial + to, place, inside, grad_k, DIM, DIM_PAD)
+        store_rows(partial + to + LEAF * DIM, place, inside, grad_v, DIM, DIM_PAD)
 
 
 @triton.jit
-def _add_partials(shared, partial, dk, dv, batch, leaves, held_out, LEAF: tl.constexpr, DIM: tl.constexpr,
+def _add_partials(bounds, partial, dk, dv, batch, held_out, cuts, longest, LEAF: tl.constexpr, DIM: tl.constexpr,
                   KEYS: tl.constexpr, DIM_PAD: tl.constexpr, ADD: tl.constexpr):
-    name = tl.program_id(0)
-    first = tl.load(shared + 2 * name).to(tl.int64)
-    count = tl.load(shared + 2 * name + 1)
-    if count == 0:
+    called = tl.program_id(0)
+    begin = tl.load(bounds + called)
+    end = tl.load(bounds + called + 1)
+    first = begin // longest
+    last = (end - 1) // longest
+    if (end == begin) | (first == last):
         return
     place = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     inside = place < LEAF
     grad_k = tl.zeros((KEYS, DIM_PAD), tl.float32)
     grad_v = tl.zeros((KEYS, DIM_PAD), tl.float32)
-    for nth in range(count):
-        slot = first + nth
-        grad_k += load_rows(partial + 2 * slot * LEAF * DIM, place, inside, DIM, DIM_PAD)
-        grad_v += load_rows(partial + (2 * slot + 1) * LEAF * DIM, place, inside, DIM, DIM_PAD)
-    to = ((name % batch).to(tl.int64) * held_out + name // batch) * LEAF * DIM
+    for cut in range(first, last + 1):
+        sum_at = tl.where(cut == first, cuts + first, cut).to(tl.int64)
+        grad_k += load_rows(partial + 2 * sum_at * LEAF * DIM, place, inside, DIM, DIM_PAD)
+        grad_v += load_rows(partial + (2 * sum_at + 1) * LEAF * DIM, place, inside, DIM, DIM_PAD)
+    to = ((called % batch).to(tl.int64) * held_out + called // batch) * LEAF * DIM
     add_rows(dk + to, place, inside, grad_k, DIM, DIM_PAD, ADD)
     add_rows(dv + to, place, inside, grad_v, DIM, DIM_PAD, ADD)

@@ -1,6 +1,9 @@
 """Multipole semantic attention: the function users call. On one device it is two opaque operators of PyTorch."""
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -99,7 +102,19 @@ def _plan_or_none(plan: Plan) -> Plan | None:
     return plan if plan.key_order.numel() else None
 
 
-@torch.library.custom_op("muse_dist::plan", mutates_args=())
+def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `_name_op` the operator muse_dist::name, opaque to compilers.
+
+    Not by `torch.library.custom_op`: its wrapper looks at every result of every call, which kernels that take less than
+    a millisecond cannot afford.
+    """
+    name = f"muse_dist::{function.__name__.removeprefix('_').removesuffix('_op')}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "default")(function)
+    return function
+
+
+@_operator
 def _plan_op(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The `Plan` of q [B, H, N, D] and k [B, K, N, D]; empty tensors where there is no far field."""
     config = MuseConfig.decode(settings)
@@ -113,7 +128,7 @@ def _plan_op(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor,
     return tuple(x.contiguous() for x in plan)  # type: ignore[return-value]
 
 
-@_plan_op.register_fake
+@torch.library.register_fake("muse_dist::plan")
 def _(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     config = MuseConfig.decode(settings)
     if not has_far_field(q.shape[2], config):
@@ -127,7 +142,7 @@ def _(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor, Tensor
     return order, order.new_empty(*lead, rows), anchors, order.new_empty(opened)
 
 
-@torch.library.custom_op("muse_dist::attend", mutates_args=())
+@_operator
 def _attend_op(
     q: Tensor, k: Tensor, v: Tensor, key_order: Tensor, query_order: Tensor, anchors: Tensor, opened: Tensor,
     scale: float, settings: str,
@@ -141,13 +156,13 @@ def _attend_op(
     return out.reshape(q.shape).to(q.dtype).contiguous(), lse.reshape(q.shape[:3]).contiguous()
 
 
-@_attend_op.register_fake
+@torch.library.register_fake("muse_dist::attend")
 def _(q, k, v, key_order, query_order, anchors, opened, scale, settings):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=dtype)
 
 
-@torch.library.custom_op("muse_dist::attend_backward", mutates_args=())
+@_operator
 def _attend_backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_order: Tensor, query_order: Tensor,
     anchors: Tensor, opened: Tensor, scale: float, settings: str,
@@ -163,7 +178,7 @@ def _attend_backward_op(
     return dq.reshape(q.shape).to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
-@_attend_backward_op.register_fake
+@torch.library.register_fake("muse_dist::attend_backward")
 def _(dout, q, k, v, out, lse, key_order, query_order, anchors, opened, scale, settings):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -180,4 +195,4 @@ def _differentiate(ctx, dout, _):  # type: ignore[no-untyped-def]
     return (*grads, None, None, None, None, None, None)
 
 
-_attend_op.register_autograd(_differentiate, setup_context=_save_for_backward)
+torch.library.register_autograd("muse_dist::attend", _differentiate, setup_context=_save_for_backward)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from muse_dist.backend import kernels_for
 from muse_dist.config import MuseConfig
@@ -30,7 +31,8 @@ def near_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, config: MuseConf
     """The near field of a whole sequence: out [B, K, G, N, D], lse [B, K, G, N]."""
     blocks = range(block_count(q.shape[3], config.block))
     pairs = near_pairs(blocks, blocks, config)
-    return kernels_for(config, q).near_field(q, k, v, scale, pairs, config.block)
+    with record_function("muse_dist::near field"):
+        return kernels_for(config, q).near_field(q, k, v, scale, pairs, config.block)
 
 
 def forward(
@@ -41,7 +43,8 @@ def forward(
     if plan is None:
         return near
     blocks = range(plan.key_order.shape[2])
-    far = far_forward(q, k, v, plan, blocks, blocks, scale, config)
+    with record_function("muse_dist::far field"):
+        far = far_forward(q, k, v, plan, blocks, blocks, scale, config)
     return kernels_for(config, q).merge([near, far])
 
 
@@ -53,10 +56,12 @@ def backward(
     ops = kernels_for(config, q)
     places = range(block_count(q.shape[3], config.block))
     pairs = near_pairs(places, places, config)
-    grads = ops.near_field_backward(dout, q, k, v, out, lse, scale, pairs, config.block)
+    with record_function("muse_dist::near field backward"):
+        grads = ops.near_field_backward(dout, q, k, v, out, lse, scale, pairs, config.block)
     if plan is not None:
-        add_far_backward(
-            grads, Upstream(dout, lse, ops.row_dots(dout, out)), q, k, v, plan, places, places, scale, config)
+        with record_function("muse_dist::far field backward"):
+            up = Upstream(dout, lse, ops.row_dots(dout, out))
+            add_far_backward(grads, up, q, k, v, plan, places, places, scale, config)
     return grads
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from muse_dist.backend import kernels_for
 from muse_dist.config import MuseConfig
@@ -95,9 +96,11 @@ def make_plan(q: Tensor, k: Tensor, config: MuseConfig, scale: float) -> Plan:
     Returns:
         a Plan; without randomness, and bitwise the same for the same input.
     """
-    plan = order_blocks(q, k, config, config.leaf, True)
+    with record_function("muse_dist::order"):
+        plan = order_blocks(q, k, config, config.leaf, True)
     blocks = range(block_count(k.shape[2], config.block))
-    return plan._replace(opened=open_blocks(q, k, plan, blocks, blocks, config, scale))
+    with record_function("muse_dist::choice"):
+        return plan._replace(opened=open_blocks(q, k, plan, blocks, blocks, config, scale))
 
 
 def order_blocks(q: Tensor, k: Tensor, config: MuseConfig, part: int, first: bool) -> Plan:

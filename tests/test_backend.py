@@ -3,6 +3,7 @@
 On a GPU the kernels run there, else through Triton's interpreter at small sizes.
 """
 import dataclasses
+import functools
 import inspect
 import logging
 
@@ -109,7 +110,7 @@ def test_whole_attention_is_as_close_to_exact_as_the_plain_one(name):
     errors = {}
     for backend in ("torch", "triton"):
         config = dataclasses.replace(CONFIGS[name], backend=backend)
-        out, *_ = step(lambda q, k, v: muse_attention(q, k, v, config=config), tensors, torch.float32)
+        out, *_ = step(functools.partial(muse_attention, config=config), tensors, torch.float32)
         errors[backend] = rms_error(out, exact)
     assert errors["triton"] <= 1.1 * errors["torch"] + 1e-6, errors
 
@@ -163,3 +164,47 @@ def test_the_choice_is_logged(caplog):
             muse_attention(x, x, x, config=CONFIGS["causal"])
     name = "triton" if GPU else "torch"
     assert caplog.messages == [f"backend 'auto' takes '{name}' on {DEVICE.type}"]
+
+
+on_a_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
+
+@on_a_gpu
+def test_nothing_waits_for_the_gpu():
+    """Forward and backward of a whole layer, once its kernels are compiled."""
+    tensors = inputs(torch.bfloat16, tokens=1024, heads=4, kv_heads=2, dim=64)
+    attention = functools.partial(muse_attention, config=MuseConfig(block=128, leaf=32, group=32, opened=2))
+    step(attention, tensors, torch.bfloat16)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(attention, tensors, torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_a_gpu
+def test_memory_does_not_grow_over_steps():
+    tensors = inputs(torch.bfloat16, tokens=4096, heads=4, kv_heads=4, dim=64)
+    attention = functools.partial(muse_attention, config=MuseConfig(block=512, opened=4))
+    held = []
+    for _ in range(4):
+        step(attention, tensors, torch.bfloat16)
+        torch.cuda.synchronize()
+        held.append((torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))
+    assert len(set(held[1:])) == 1, held
+
+
+@on_a_gpu
+def test_more_than_two_to_the_31_elements():
+    """The last head of 64 of 256k tokens and 128 dims is what it is alone: offsets are of 64 bits."""
+    if torch.cuda.mem_get_info()[1] < 100 * 2 ** 30:
+        pytest.skip("needs a GPU of 100 GiB")
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    tensors = [torch.randn(1, 64, 2 ** 18, 128, generator=generator, dtype=torch.bfloat16, device=DEVICE)
+               for _ in range(4)]
+    attention = functools.partial(muse_attention, config=MuseConfig.fast(backend="triton"))
+    got = [x[:, -1:].clone() for x in step(attention, tensors, torch.bfloat16)]
+    alone = step(attention, [x[:, -1:].clone() for x in tensors], torch.bfloat16)
+    for x, y in zip(got, alone, strict=True):
+        assert rms_error(x, y.double()) < 1e-3

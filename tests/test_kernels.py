@@ -5,6 +5,8 @@ Half precision is held to what exact attention in that precision makes of the sa
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 from muse_dist.kernels import (
     leaf_readers, plain_blocks, triton_blocks, triton_far, triton_far_backward, triton_moments,
@@ -312,25 +314,36 @@ def test_results_are_bitwise_repeatable():
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("longest", [1, 3, 100])
+@triton.jit
+def _pieces(name, bounds, out, names, cuts, longest):
+    item = tl.program_id(0)
+    leaf, first, last, place = leaf_readers.piece(item, name, bounds, names, cuts, longest)
+    tl.store(out + 4 * item, leaf)
+    tl.store(out + 4 * item + 1, first)
+    tl.store(out + 4 * item + 2, last)
+    tl.store(out + 4 * item + 3, place)
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3, 100])
 def test_readers_of_leaves(longest):
+    """Every reader of every leaf is in one piece, in order; pieces have places of their own for partial sums."""
     opened = Case(slots=4).opened.flatten(2, 3).flatten(0, 1)  # [batch, groups, slots]
-    batch, leaves = opened.shape[0], 12
+    batch, groups, slots, leaves = *opened.shape, 12
     readers = leaf_readers.leaf_readers(opened, leaves, longest)
-    found = {}
-    for leaf, first, last, slot in zip(*(x.tolist() for x in readers[1:5]), strict=True):
-        if leaf < leaves * batch:
-            run = readers.group[first:last].tolist()
-            assert len(run) <= longest
-            found.setdefault(leaf, []).append((slot, run))
+    count = readers.cuts + leaves * batch
+    out = torch.full((count, 4), -9, dtype=torch.int32, device=DEVICE)
+    _pieces[(count,)](readers.name, readers.bounds, out, leaves * batch, readers.cuts, longest)
+    pieces = sorted((leaf, first, last, place) for leaf, first, last, place in out.tolist() if leaf >= 0)
+    places = [place for *_, place in pieces if place >= 0]
+    assert len(set(places)) == len(places) and all(place < 2 * readers.cuts for place in places)
     for b in range(batch):
         for j in range(leaves):
-            runs = found[j * batch + b]
-            want = [u for u in range(opened.shape[1]) if (opened[b, u] == j).any()]
-            assert [u for _, run in runs for u in run] == want
-            start, count = readers.shared[j * batch + b].tolist()
-            assert [slot for slot, _ in runs] == (list(range(start, start + count)) if len(runs) > 1 else [-1])
-            assert start + count <= readers.slots or count == 0
+            here = [(range(first, last), place) for leaf, first, last, place in pieces if leaf == j * batch + b]
+            slot = [readers.slot[at].item() for run, _ in here for at in run]
+            want = [u for u in range(groups) if (opened[b, u] == j).any()]
+            assert [at // slots - b * groups for at in slot] == want
+            assert all(len(run) <= longest for run, _ in here)
+            assert (here[0][1] == -1) == (len(here) == 1)
 
 
 def test_leaves_with_many_readers_are_shared_by_programs():
