@@ -5,8 +5,9 @@
 
 All ranks share every sequence (context parallelism, zigzag), unless --context-parallel says that fewer do. Both runs
 start from the same weights and read the same text: a folder that `launch.data` wrote, by default the Python standard
-library a byte a token. Needs megatron-core, but neither Transformer Engine nor apex. Megatron's own attention then neither shares sequences between ranks nor fits long
-ones in memory; exact attention here is `launch.megatron_exact`, which equals it.
+library a byte a token. Needs megatron-core, but neither Transformer Engine nor apex. Megatron's own attention then
+neither shares sequences between ranks nor fits long ones in memory; exact attention here is `launch.megatron_exact`,
+which equals it.
 """
 from __future__ import annotations
 
@@ -195,8 +196,8 @@ def _add_sizes(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     ):
         group.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{text} (default: {value})")
     group.add_argument("--context-parallel", type=int, metavar="N", help="ranks that share a sequence (default: all)")
-    group.add_argument("--data", default="", metavar="FOLDER", help="text to train on, written by launch.data (default: "
-                       "the Python standard library)")
+    group.add_argument("--data", default="", metavar="FOLDER", help="text to train on, written by launch.data "
+                       "(default: the Python standard library)")
     group.add_argument("--lr", type=float, default=3e-4, help="highest learning rate (default: %(default)s)")
     group.add_argument("--recompute", choices=("none", "selective", "full"), default="none",
                        help="activations computed again in the backward (default: %(default)s)")

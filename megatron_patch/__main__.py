@@ -41,13 +41,14 @@ def main(arguments: list[str] | None = None) -> None:
 def add_to_megatron() -> None:
     """Let Megatron-LM's command line choose the attention. It reads `add_megatron_arguments` whenever it parses."""
     try:
-        from megatron.core.transformer.attention import SelfAttention
         from megatron.training import arguments as megatron
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("megatron"):
             raise  # something that this Megatron itself needs
         raise SystemExit(f"{error}: megatron.training is part of a Megatron-LM checkout; give a script in its top "
                          "folder, or use `use_muse` with megatron-core alone") from error
+    from megatron.core.transformer.attention import SelfAttention
+
     stock_arguments, stock_init = megatron.add_megatron_arguments, SelfAttention.__init__
 
     @functools.wraps(stock_arguments)

@@ -69,8 +69,8 @@ def parse_layers(text: str) -> frozenset[int]:
     """"2-4,8" -> {2, 3, 4, 8}; ValueError if it is not such a list of numbers from 1."""
     layers: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        low, high = (int(x) if x.strip().isdecimal() else 0 for x in (first, last or first))
+        first, dash, last = part.partition("-")
+        low, high = (int(x) if x.strip().isdecimal() else 0 for x in (first, last if dash else first))
         if not 1 <= low <= high:
             raise ValueError(f"--muse-layers={text!r}: {part!r} is no layer or range; write 2-30 or 1,3,5, from 1 up")
         layers.update(range(low, high + 1))

@@ -5,7 +5,7 @@ import contextlib
 import multiprocessing
 import queue
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
 
 from muse_dist import MuseConfig
 from muse_dist.layout import Layout
@@ -22,50 +21,74 @@ TOKENS, VOCABULARY, BATCH = 256, 64, 4
 RATE = 1e-2
 
 
-class CudaAsCpu(TorchFunctionMode):
-    """Whatever is asked of CUDA happens on the CPU."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if function in (torch.Tensor.cuda, torch.Tensor.pin_memory):
-            return args[0]
-        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return "torch.cuda.FloatTensor"  # what the optimizer's clipping insists on
-        kwargs.pop("pin_memory", None)
-        if "device" in kwargs:
-            kwargs["device"] = _cpu(kwargs["device"])
-        if function is torch.Tensor.to:
-            args = tuple(map(_cpu, args))
-        return function(*args, **kwargs)
-
-
-def _cpu(device: Any) -> Any:
-    return torch.device("cpu") if str(device).split(":")[0] == "cuda" else device
+FACTORIES = ("arange", "empty", "full", "ones", "rand", "tensor", "zeros")
 
 
 @contextlib.contextmanager
 def cuda_as_cpu() -> Iterator[None]:
-    """Let Megatron-core run on a machine without a GPU."""
+    """Let Megatron-core run on a machine without a GPU: what it asks of CUDA happens on the CPU.
+
+    Functions are replaced one by one; a TorchFunctionMode would do it too, and slow every operation tenfold.
+    """
     import megatron.core.tensor_parallel.random as megatron_random
 
-    def set_state(state, *_, **__):
-        torch.set_rng_state(state)
+    def same(tensor, *_, **__):
+        return tensor
+
+    def nothing(*_, **__):
+        return None
+
+    def state(*_, **__):
+        return torch.get_rng_state()
+
+    def set_state(value, *_, **__):
+        torch.set_rng_state(value)
 
     replaced = {
-        (torch.cuda, "current_device"): lambda: torch.device("cpu"),
-        (torch.cuda, "synchronize"): lambda *_: None,
-        (torch.cuda, "reset_peak_memory_stats"): lambda *_: None,
-        (torch.cuda, "manual_seed"): torch.manual_seed,
-        (torch.cuda, "get_rng_state"): lambda *_: torch.get_rng_state(),
-        (torch.cuda, "set_rng_state"): set_state,
-        (megatron_random, "_get_cuda_rng_state"): lambda *_, **__: torch.get_rng_state(),
-        (megatron_random, "_set_cuda_rng_state"): set_state,
+        torch.cuda: {"current_device": lambda: torch.device("cpu"), "synchronize": nothing,
+                     "reset_peak_memory_stats": nothing, "manual_seed": torch.manual_seed, "get_rng_state": state,
+                     "set_rng_state": set_state},
+        megatron_random: {"_get_cuda_rng_state": state, "_set_cuda_rng_state": set_state},
+        torch: {name: _on_cpu(getattr(torch, name)) for name in FACTORIES},
+        torch.Tensor: {"cuda": same, "pin_memory": same, "to": _on_cpu(torch.Tensor.to),
+                       "type": _cuda_types(torch.Tensor.type)},
     }
     with contextlib.ExitStack() as stack:
-        for (place, name), value in replaced.items():
-            stack.enter_context(mock.patch.object(place, name, value))
-        stack.enter_context(CudaAsCpu())
+        for place, functions in replaced.items():
+            for name, function in functions.items():
+                stack.enter_context(mock.patch.object(place, name, function))
+        _define_what_needs_transformer_engine(stack)
         yield
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with every device that is CUDA's replaced, and no pinned memory."""
+    def is_cuda(x: Any) -> bool:
+        return str(x).split(":")[0] == "cuda" if isinstance(x, (str, torch.device)) else False
+
+    def call(*args: Any, **options: Any) -> Any:
+        options.pop("pin_memory", None)
+        args = tuple("cpu" if is_cuda(x) else x for x in args)
+        return function(*args, **{name: "cpu" if is_cuda(x) else x for name, x in options.items()})
+
+    return call
+
+
+def _cuda_types(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Tensor.type, which converts or says a name: the optimizer sorts by CUDA's names, and clips its fp32 only."""
+    def call(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if args or options:
+            return function(tensor, *args, **options)
+        return f"torch.cuda.{'BFloat16' if tensor.dtype == torch.bfloat16 else 'Float'}Tensor"
+
+    return call
+
+
+def _define_what_needs_transformer_engine(stack: contextlib.ExitStack) -> None:
+    """0.15 and 0.16 ask whether this name is None in their experts, but define it with Transformer Engine only."""
+    from megatron.core.transformer.moe import moe_utils
+
+    stack.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def trained(tmp_path_factory, worker_id):
 def assert_same(trained, name, reference, steps=slice(None)):
     """Loss, gradient norm and parameters of a case are those of another, on every rank.
 
-    Clipping and the loss are fp32 sums in Megatron, whatever the parameters are.
+    Megatron's cross entropy and clipping are fp32 whatever the parameters are, and tensor parallelism and clipping
+    split their sums.
     """
     wanted = trained[0][reference]
     for found in (rank[name] for rank in trained):
@@ -67,7 +68,7 @@ def assert_same(trained, name, reference, steps=slice(None)):
             if dim is not None:
                 size = value.shape[dim]
                 expected = expected.narrow(dim, found.tp_rank * size % expected.shape[dim], size)
-            assert (value - expected).norm() <= 1e-7 * expected.norm(), (name, key)
+            assert (value - expected).norm() <= 1e-6 * expected.norm(), (name, key)
     together = {key for rank in trained for key in rank[name].parameters}
     assert together == set(wanted.parameters)
     assert any(None not in next(zip(*rank[name].history)) for rank in trained)
