@@ -281,6 +281,27 @@ def test_the_report_counts_steps_layers_and_ranks():
     assert read_step(args, 32) is None and "checkpoint" in report(choice, None)[1]
 
 
+def recipe(*options):
+    """The arguments that launch/megatron.sh gives a launcher."""
+    command = [str(ROOT / "launch" / "megatron.sh"), *options]
+    return subprocess.run(command, text=True, capture_output=True, check=False)
+
+
+def test_the_recipe_hands_its_launcher_the_options_and_then_the_users():
+    show = 'echo "$CUDA_DEVICE_MAX_CONNECTIONS" "$@"'
+    found = recipe("sh", "-c", show, "--", "../Megatron-LM", "--seq-length", "131072")
+    connections, *arguments = found.stdout.split()
+    assert connections == "1"
+    assert arguments[:2] == ["muse_dist.megatron_patch", "../Megatron-LM/pretrain_gpt.py"]  # sh takes the -m before
+    assert arguments[-2:] == ["--seq-length", "131072"] and arguments.count("--seq-length") == 2
+    ours = [x for x in arguments if x.startswith(("--muse", "--attention"))]
+    assert ours and all(x in add_options(argparse.ArgumentParser()).format_help() or x == "--attention-dropout"
+                        for x in ours)
+    for wrong in ([], ["torchrun"], ["--", "../Megatron-LM"]):
+        found = recipe(*wrong)
+        assert found.returncode == 2 and "LAUNCHER... -- CHECKOUT" in found.stderr
+
+
 CHECK = """
 import sys
 sys.path.insert(0, {checkout!r})
@@ -309,5 +330,10 @@ def test_the_parser_of_a_real_checkout(tmp_path):
                           capture_output=True, check=False)
     assert good.returncode == 0, good.stderr
     assert "muse: layers 1-24 use MuseConfig(" in good.stdout and "parsed 24" in good.stdout
+    _, _, _, *options = recipe("echo", "--", CHECKOUT, "--mock-data", "--tokenizer-type", "NullTokenizer",
+                               "--vocab-size", "50257").stdout.split()
+    ours = subprocess.run([*command[:4], *options], text=True, capture_output=True, check=False)
+    assert ours.returncode == 0, ours.stderr
+    assert "exchange='moments'" in ours.stdout and "each of 8 context-parallel ranks receives" in ours.stdout
     exact = subprocess.run(command[:-2], text=True, capture_output=True, check=False)
     assert exact.returncode == 0 and "muse:" not in exact.stdout
