@@ -16,6 +16,7 @@ from muse_dist.kernels.exact_kernels import Exact, exact_kernels
 from muse_dist.kernels.triton_common import check_kernel_inputs
 from muse_dist.kernels.triton_merge import Part, join
 
+MOST = 2 ** 31 - 1  # elements of a tensor that cuDNN addresses; with more it gave wrong results
 NEVER = 1e30  # a log-sum-exp under which every weight is 0, and finite: kernels differ in what they make of infinities
 
 
@@ -44,6 +45,15 @@ def near_field(
         out [B, K, G, S, D] in the dtype of q and lse [B, K, G, S] in fp32; 0 and -inf for queries that have no pair.
     """
     check_kernel_inputs(q.shape[-1], 1, q=q, k=k, v=v)
+    found = [_near_field(q[:, some], k[:, some], v[:, some], scale, pairs, block, exact) for some in _together(q, k)]
+    return found[0] if len(found) == 1 else tuple(torch.cat(x, 1) for x in zip(*found))  # type: ignore[return-value]
+
+
+def _near_field(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, pairs: Sequence[tuple[int, int, bool]], block: int,
+    exact: Exact | None,
+) -> tuple[Tensor, Tensor]:
+    """`near_field` of few enough heads."""
     queries, keys, values = _heads(q), _heads(k), _heads(v)
     parts = []
     for run in find_runs(pairs, block, q.shape[3], k.shape[2]):
@@ -68,6 +78,16 @@ def near_field_backward(
         q, k, v, scale, pairs, block, exact: as in `near_field`.
     """
     check_kernel_inputs(q.shape[-1], 1, q=q, k=k, v=v, out=out, dout=dout)
+    found = [_near_field_backward(*(x[:, some] for x in (dout, q, k, v, out, lse)), scale, pairs, block, exact)
+             for some in _together(q, k)]
+    return found[0] if len(found) == 1 else tuple(torch.cat(x, 1) for x in zip(*found))  # type: ignore[return-value]
+
+
+def _near_field_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    pairs: Sequence[tuple[int, int, bool]], block: int, exact: Exact | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`near_field_backward` of few enough heads."""
     if out.stride() != dout.stride():  # cuDNN wants them alike
         out, dout = out.contiguous(), dout.contiguous()
     lse = lse.nan_to_num(nan=math.nan, posinf=NEVER, neginf=NEVER)
@@ -82,6 +102,14 @@ def near_field_backward(
             total[i] = _add(total[i], _unfold(grad), (run.key if i else run.query) * block, like)
     dq, dk, dv = (torch.zeros_like(like) if x is None else x.view(like.shape) for x, like in zip(total, (q, k, v)))
     return dq, dk, dv
+
+
+def _together(q: Tensor, k: Tensor) -> list[slice]:
+    """Key heads of q [B, K, G, S, D] and k [B, K, T, D] whose tensors have at most MOST elements, in even parts."""
+    heads = k.shape[1]
+    parts = min(heads, max(-(-x.numel() // MOST) for x in (q, k)))
+    ends = [heads * i // parts for i in range(parts + 1)]
+    return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 
 def find_runs(pairs: Sequence[tuple[int, int, bool]], block: int, queries: int, keys: int) -> list[Run]:

@@ -45,6 +45,8 @@ class Bench:
 def run(options: argparse.Namespace) -> None:
     """The command on the ranks that torchrun started, or on this process alone."""
     with joined(options) as ranks:
+        if options.graphs and (ranks.size > 1 or ranks.device.type != "cuda"):
+            raise ValueError("--graphs: goes with one process and a GPU; leave it out here")
         run_ranks(ranks, options)
 
 
@@ -108,7 +110,7 @@ def measure_size(bench: Bench, problem: Problem) -> list[Row]:
             "benchmark": "attention", "variant": variant.name, "about": variant.about, **shape._asdict(),
             "causal": problem.causal, "dtype": dtype_name(problem.dtype), "ranks": problem.ranks.size,
             "layout": variant.layout, "device": described_device(device), "torch": torch.__version__,
-            "inputs": inputs.source, "rows_checked": len(places),
+            "inputs": inputs.source, "rows_checked": len(places), "graphs": bench.options.graphs,
             "config": None if variant.config is None else json.loads(variant.config.encoded),
             "backend": None if variant.config is None else backend_for(variant.config, inputs.q)}
         try:
@@ -155,7 +157,7 @@ def _measure(
         check = _check(bench, problem, variant, inputs, places, sparse, found, row["error"])
         row["check"] = {"passed": check.passed, "worst": check.worst, "what": check.what}
         del found
-        times, peak = measure(attention, leaves, dout, ranks, options.seconds)
+        times, peak = measure(attention, leaves, dout, ranks, options.seconds, options.graphs)
         row |= {name: spread._asdict() for name, spread in times._asdict().items()}
         row["peak_bytes"] = peak
         if options.profile and variant.config is not None:
@@ -286,6 +288,8 @@ def add_command(commands: Any) -> None:
                               "(default: %(default)s)")
     command.add_argument("--seconds", type=float, default=1.0,
                          help="repeat a variant for so long, three times at least (default: %(default)s)")
+    command.add_argument("--graphs", action="store_true", help="time CUDA graphs of every variant, as in training "
+                         "steps that are captured: without the host's time to launch kernels")
     command.add_argument("--profile", action="store_true", help="also split the time by stage")
     command.add_argument("--layout", choices=("contiguous", "zigzag"), default="zigzag", help="of MuSe's shards")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -47,22 +47,55 @@ def step(function: Attention, leaves: Sequence[Tensor], dout: Tensor) -> list[Te
 
 
 def measure(
-    function: Attention, leaves: Sequence[Tensor], dout: Tensor, ranks: Ranks, seconds: float
+    function: Attention, leaves: Sequence[Tensor], dout: Tensor, ranks: Ranks, seconds: float, graphs: bool = False
 ) -> tuple[Times, int | None]:
     """Times and peak memory of an attention that has run before, so that nothing is compiled any more.
 
     Args:
         leaves: q, k and v of this rank, which require gradients; dout: the output's gradient.
         seconds: when to stop repeating, after three repetitions at least.
+        graphs: replay CUDA graphs, one of the forward and one of both, instead of launching kernels from the host.
     Returns:
         Times, those of the slowest rank, and the largest peak of allocated bytes of any rank, with q, k, v and dout:
         None on a CPU.
     """
     peak, estimate = _peak_bytes(function, leaves, dout, ranks)
     count = min(max(int(seconds / estimate), LEAST), MOST)
-    pairs = timed(lambda: _marks(function, leaves, dout, ranks), ranks, count)
+    if graphs:
+        replays = _captured(function, leaves, dout)
+        times = timed(lambda: _replay_marks(replays, ranks), ranks, count)
+        pairs = [[forward, both - forward] for forward, both in times]
+    else:
+        pairs = timed(lambda: _marks(function, leaves, dout, ranks), ranks, count)
     forward, backward = zip(*pairs)
     return Times(spread(forward), spread(backward), spread([sum(pair) for pair in pairs])), peak
+
+
+def _captured(
+    function: Attention, leaves: Sequence[Tensor], dout: Tensor
+) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
+    """Graphs of a forward, and of a forward and its backward. Nothing in them may wait for the GPU."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(function, leaves, dout)
+    torch.cuda.current_stream().wait_stream(stream)
+    forward, both = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(forward):
+        function(*leaves)
+    with torch.cuda.graph(both):
+        step(function, leaves, dout)
+    return forward, both
+
+
+def _replay_marks(
+    replays: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph], ranks: Ranks
+) -> list[torch.cuda.Event | float]:
+    marks = [mark(ranks.device)]
+    for graph in replays:
+        graph.replay()
+        marks.append(mark(ranks.device))
+    return marks
 
 
 def timed(run: Callable[[], Sequence[torch.cuda.Event | float]], ranks: Ranks, count: int) -> list[list[float]]:

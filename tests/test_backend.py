@@ -206,5 +206,5 @@ def test_more_than_two_to_the_31_elements():
     attention = functools.partial(muse_attention, config=MuseConfig.fast(backend="triton"))
     got = [x[:, -1:].clone() for x in step(attention, tensors, torch.bfloat16)]
     alone = step(attention, [x[:, -1:].clone() for x in tensors], torch.bfloat16)
-    for x, y in zip(got, alone, strict=True):
-        assert rms_error(x, y.double()) < 1e-3
+    for x, y in zip(got, alone, strict=True):  # one head is taken in other slabs, sums of which are rounded elsewhere
+        assert rms_error(x, y.double()) < torch.finfo(torch.bfloat16).eps / 2
