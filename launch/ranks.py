@@ -119,7 +119,7 @@ def join_ranks(
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, **_meeting(limit))
     try:
         rank = dist.get_rank()
         gradients = dist.new_group(timeout=limit)
@@ -131,3 +131,18 @@ def join_ranks(
         dist.barrier()  # no rank may leave while another still reads from it
     finally:
         dist.destroy_process_group()
+
+
+def _meeting(limit: timedelta) -> dict[str, Any]:
+    """Where the processes of this start meet: arguments of `init_process_group`, none where its own choice is right.
+
+    torchrun keeps its store when it restarts the processes (--max-restarts), with what those before wrote there: a rank
+    could take the address of a dead one for its successor's. On one host all know how often they were restarted; for
+    several, start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which gives every start a store of its own.
+    """
+    said = os.environ
+    if said.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or said.get("LOCAL_WORLD_SIZE") != said["WORLD_SIZE"]:
+        return {}
+    store = dist.TCPStore(said["MASTER_ADDR"], int(said["MASTER_PORT"]), is_master=False, timeout=limit)
+    return {"store": dist.PrefixStore(f"start {said['TORCHELASTIC_RESTART_COUNT']}", store), "rank": int(said["RANK"]),
+            "world_size": int(said["WORLD_SIZE"])}

@@ -1,7 +1,11 @@
 """The training command on two ranks that share every sequence."""
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,12 +105,28 @@ def test_sharded_heads_work_in_pieces():
     assert len(pieces) == 3 and pieces == pytest.approx(whole, rel=1e-6)
 
 
-def test_a_context_that_does_not_divide_is_refused_by_all(tmp_path):
+def test_a_context_that_does_not_divide_is_refused_by_all(launcher, tmp_path):
     text = SETTINGS.format(layout="zigzag").replace("context = 256", "context = 200")
     (tmp_path / "small.toml").write_text(text)
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "launch.train",
-         "--config", str(tmp_path / "small.toml"), "--out", str(tmp_path), "--device", "cpu"],
-        text=True, capture_output=True, timeout=200, check=False)
-    assert result.returncode != 0
-    assert "200 tokens over 2 ranks" in result.stderr and "multiple of 128" in result.stderr
+    started = launcher.start(["--config", tmp_path / "small.toml", "--out", tmp_path, "--device", "cpu"], 2, tmp_path)
+    assert started.wait() == [2, 2]
+    for path in started.outputs:
+        assert "200 tokens over 2 ranks" in path.read_text() and "multiple of 128" in path.read_text()
+
+
+def test_torchrun_restarts_what_was_killed_and_it_goes_on(tmp_path):
+    text = SETTINGS.format(layout="zigzag").replace("compare = true", "compare = false")
+    (tmp_path / "small.toml").write_text(text.replace("steps = 5", "steps = 20") + "[log]\ncheckpoint_every = 1\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+         "-m", "launch.train", "--config", str(tmp_path / "small.toml"), "--out", str(tmp_path), "--device", "cpu"],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics, deadline = tmp_path / "small" / "metrics.jsonl", time.monotonic() + 200
+    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
+    assert "going on after step" in printed
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 21))
