@@ -45,8 +45,8 @@ def add_to_megatron() -> None:
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("megatron"):
             raise  # something that this Megatron itself needs
-        raise SystemExit(f"{error}: megatron.training is part of a Megatron-LM checkout; give a script in its top "
-                         "folder, or use `use_muse` with megatron-core alone") from error
+        raise SystemExit(f"{error}: give a script in the top folder of a Megatron-LM checkout, which has it, or use "
+                         "`use_muse` with megatron-core alone") from error
     from megatron.core.transformer.attention import SelfAttention
 
     stock_arguments, stock_init = megatron.add_megatron_arguments, SelfAttention.__init__

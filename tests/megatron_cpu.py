@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import queue
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -46,6 +45,7 @@ def cuda_as_cpu() -> Iterator[None]:
 
     replaced = {
         torch.cuda: {"current_device": lambda: torch.device("cpu"), "synchronize": nothing,
+                     "current_stream": mock.MagicMock(), "stream": contextlib.nullcontext,
                      "reset_peak_memory_stats": nothing, "manual_seed": torch.manual_seed, "get_rng_state": state,
                      "set_rng_state": set_state},
         megatron_random: {"_get_cuda_rng_state": state, "_set_cuda_rng_state": set_state},
@@ -299,9 +299,10 @@ def _save(folder: str, models: list[Any], optimizer: Any) -> None:
         Path(folder).mkdir()
     dist.barrier()
     # Its writers are children of the rank, which as a daemon of the test may have none, and report to a server process
-    # that would outlive it; they are waited for, so a queue does.
+    # that would outlive the rank: here it ends with the block.
     with mock.patch.dict(multiprocessing.current_process()._config, daemon=False), \
-            mock.patch.object(filesystem_async, "_results_queue", queue.Queue()):
+            multiprocessing.get_context("fork").Manager() as manager, \
+            mock.patch.object(filesystem_async, "_results_queue", manager.Queue()):
         dist_checkpointing.save(_states(models, optimizer, False), folder)
 
 

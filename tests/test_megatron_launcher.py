@@ -4,6 +4,7 @@ Megatron-LM cannot be installed from a registry: `make test-megatron MEGATRON_LM
 """
 import argparse
 import dataclasses
+import importlib.util
 import os
 import re
 import subprocess
@@ -181,9 +182,15 @@ def test_bad_options_are_named(options, wanted):
         parse(*options)
 
 
-def test_scripts_that_are_not_there_and_megatron_core_alone(tmp_path):
+def test_a_script_that_is_not_there(tmp_path):
     with pytest.raises(SystemExit, match="no such file"):
         main([str(tmp_path / "pretrain_nothing.py")])
+
+
+def test_megatron_core_without_its_training_package(tmp_path):
+    pytest.importorskip("megatron.core", reason="needs pip install muse_dist[megatron]")
+    if importlib.util.find_spec("megatron.training") is not None:
+        pytest.skip("since 0.17 megatron-core brings megatron.training")
     (tmp_path / "alone.py").write_text("")
     found = launch(tmp_path, script="alone.py")
     assert found.returncode == 1 and "Megatron-LM checkout" in found.stderr

@@ -1,6 +1,5 @@
 """MuSe in Megatron-core's layer specs, what it refuses there, and the exact attention it is compared with."""
 import argparse
-import copy
 import dataclasses
 import warnings
 
@@ -55,7 +54,7 @@ def test_every_problem_of_a_model_in_one_message():
            "flash_decode": True, "attention_backend": AttnBackend.local, "experimental_attention_variant": "dsa"}
     config = transformer_config(CASE)
     bad = {name: value for name, value in bad.items() if hasattr(config, name)}
-    assert len(bad) > 9
+    assert len(bad) >= 9  # 0.13 has so many of them
     with pytest.raises(ValueError) as error:
         core_attention(bad, attn_mask_type=AttnMaskType.padding, muse=dataclasses.replace(CONFIG, causal=False))
     lines = str(error.value).splitlines()[1:]
@@ -114,9 +113,11 @@ def test_a_spec_is_copied_and_its_layers_chosen():
     from muse_dist.megatron_patch.spec import use_muse
 
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    before = copy.deepcopy(spec)
+    exact = spec.submodules.self_attention.submodules.core_attention
     changed = use_muse(spec, CONFIG, layers=range(2, 4))
-    assert spec == before and changed != before
+    assert spec.submodules.self_attention.submodules.core_attention is exact
+    assert changed.submodules.self_attention.submodules.core_attention is not exact
+    assert changed.submodules.mlp is spec.submodules.mlp
     with pytest.raises(ValueError, match="MuSe already"):
         use_muse(changed, CONFIG)
     with pytest.raises(TypeError, match="self_attention"):
