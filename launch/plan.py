@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from launch.options import write_line
 from launch.plan_machine import GPUS, Machine, known_machine
 from launch.plan_rates import Rates
 from launch.plan_rows import Rows, fit_rates, layer_errors, read_rows, split_rows
-from launch.plan_step import Prediction, fit_steps, overtakes, predict, setup_of, setup_of_row
+from launch.plan_step import Prediction, fit_steps, overtakes, predict, setup_of
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = {  # columns of the table, and the terms they add up
@@ -69,17 +70,19 @@ def calibrated(machine: Machine, rows: Rows, dim: int) -> tuple[Machine, Rates]:
 
 
 def held_out_errors(machine: Machine, rows: Rows) -> dict[str, np.ndarray]:
-    """Relative errors of rows that the fit has not seen, by kind: "layers" and "steps"."""
+    """Relative errors of rows that the fit has not seen: "layers", and "steps" of launch.train or "deepspeed steps"."""
     kept, held = split_rows(rows)
-    errors: dict[str, list[float]] = {"layers": [], "steps": []}
+    errors: dict[str, list[float]] = {}
     for dim in sorted({layer.case.dim for layer in held.layers}):
         _, rates = fit_rates(machine, kept, dim)
-        errors["layers"] += layer_errors(rates, [x for x in held.layers if x.case.dim == dim]).tolist()
-    for row in held.steps:
-        setup = setup_of_row(row)
-        there, rates = calibrated(machine, kept, setup.shape.dim)
-        errors["steps"].append(predict(setup, there, rates).seconds / row["seconds"] - 1)
-    return {kind: np.array(found) for kind, found in errors.items() if found}
+        errors.setdefault("layers", []).extend(layer_errors(rates, [x for x in held.layers if x.case.dim == dim]))
+    for engine, kind in (("torch", "steps"), ("deepspeed", "deepspeed steps")):
+        same = replace(kept, steps=[step for step in kept.steps if step.engine == engine])
+        for step in held.steps:
+            if step.engine == engine:
+                there, rates = calibrated(machine, same, step.setup.shape.dim)
+                errors.setdefault(kind, []).append(predict(step.setup, there, rates).seconds / step.seconds - 1)
+    return {kind: np.array(found) for kind, found in errors.items()}
 
 
 def calibration_text(machine: Machine, rows: Rows, dim: int) -> str:
@@ -100,10 +103,10 @@ def calibration_text(machine: Machine, rows: Rows, dim: int) -> str:
 
 
 def _memory_lines(machine: Machine, rows: Rows) -> list[str]:
-    """Predicted over measured memory of the measured steps."""
+    """Predicted over measured memory of the steps of launch.train."""
     there, rates = calibrated(machine, rows, 0)
-    ratios = [predict(setup_of_row(row), there, rates).memory.total / row["memory_bytes"] - 1
-              for row in rows.steps if row.get("memory_bytes")]
+    ratios = [predict(step.setup, there, rates).memory.total / step.memory - 1
+              for step in rows.steps if step.memory and step.engine == "torch"]
     if not ratios:
         return []
     return [f"  error of the memory of {len(ratios)} steps, not fitted: median {np.median(np.abs(ratios)):.1%}, "

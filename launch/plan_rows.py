@@ -13,6 +13,7 @@ import numpy as np
 from launch.plan_attention import Case
 from launch.plan_machine import Machine
 from launch.plan_rates import Rates, assumed_rates, fit, fit_layers, layer_seconds
+from launch.plan_step import Step, bench_step, scaling_step
 from muse_dist import MuseConfig
 
 Row = dict[str, Any]
@@ -28,6 +29,7 @@ class Layer:
     forward: float
     backward: float
     name: str
+    graph: bool = False  # a CUDA graph, which takes the host no time
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Rows:
     layers: list[Layer]
     exchanges: list[Exchange]
     hidden: list[float]  # shares of exchanges' time that computing hid
-    steps: list[Row]  # of launch.scaling
+    steps: list[Step]
 
     def __len__(self) -> int:
         return len(self.layers) + len(self.exchanges) + len(self.steps)
@@ -55,21 +57,23 @@ def read_rows(paths: Iterable[Path], device: str) -> Rows:
     """The usable rows of JSON-lines files (or of folders of them) whose device has `device` in its name.
 
     Left out are rows that failed, or failed their check, and what is not planned: attention that is not causal,
-    windows, and rivals over several ranks.
+    windows, rivals over several ranks but torch's context parallelism in a step; and CUDA graphs beside other rows.
 
     Raises:
         ValueError: a line is no JSON object. OSError: a file cannot be read.
     """
     found = [row for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])
              for row in _lines(file)]
-    rows = [row for row in found if device in str(row.get("device"))]
+    rows = [row for row in found if device in str(row.get("processor") or row.get("device")) and "failed" not in row]
     layers = [layer for row in rows if (layer := _layer(row)) is not None]
-    exchanges = [one for row in rows for one in _exchanges(row)]
-    hidden = [row["hidden_share"] for row in rows if row.get("benchmark") == "exchange"]
-    steps = [row for row in rows if row.get("benchmark") == "scaling" and row.get("seconds") and "failed" not in row]
+    layers = [layer for layer in layers if not layer.graph] or layers  # launch.train does not capture its steps
     layers = _fastest_exact(layers)
     layers.sort(key=lambda x: (x.case.dim, x.case.ranks, x.case.tokens, x.name, x.forward))
-    steps.sort(key=lambda row: (row["model"], row["attention"], row["context"], row["ranks"], row["seconds"]))
+    steps = [step for row in rows if (step := _step(row)) is not None]
+    steps.sort(key=lambda x: (x.engine, x.setup.shape.parameters, x.setup.exact, x.setup.context, x.setup.world,
+                              x.seconds))
+    exchanges = [one for row in rows for one in _exchanges(row)]
+    hidden = [row["hidden_share"] for row in rows if row.get("benchmark") == "exchange"]
     return Rows(layers, sorted(exchanges, key=lambda x: (x.received, x.seconds)), hidden, steps)
 
 
@@ -89,7 +93,7 @@ def _lines(path: Path) -> list[Row]:
 def _layer(row: Row) -> Layer | None:
     """The layer of an attention row on one rank, or the one without exchanges of an exchange row."""
     kind = row.get("benchmark")
-    if "failed" in row or kind not in ("attention", "exchange"):
+    if kind not in ("attention", "exchange"):
         return None
     muse = None if row["config"] is None else MuseConfig(**row["config"])
     if muse is not None and not muse.causal:
@@ -98,8 +102,18 @@ def _layer(row: Row) -> Layer | None:
                 row.get("layout", "zigzag"))
     if kind == "exchange":
         return Layer(case, row["silent"]["forward"]["median"], row["silent"]["backward"]["median"], row["exchange"])
-    usable = row["ranks"] == 1 and row["causal"] and row["check"]["passed"] and row["variant"] != "flex_window"
-    return Layer(case, row["forward"]["median"], row["backward"]["median"], row["variant"]) if usable else None
+    if row["ranks"] > 1 or not row["causal"] or not row["check"]["passed"] or row["variant"] == "flex_window":
+        return None
+    return Layer(case, row["forward"]["median"], row["backward"]["median"], row["variant"], row.get("graphs", False))
+
+
+def _step(row: Row) -> Step | None:
+    """The step of a row of launch.scaling, or of `launch.bench step` with an attention that is planned."""
+    if row.get("benchmark") == "scaling":
+        return scaling_step(row)
+    if "step_seconds" in row and row["attention"] in ("moments", "kv", "torch-cp"):
+        return bench_step(row)
+    return None
 
 
 def _fastest_exact(layers: Sequence[Layer]) -> list[Layer]:

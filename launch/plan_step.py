@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from launch.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -72,13 +73,42 @@ def setup_of(config: RunConfig, world: int, *, exact: bool, context: int | None 
                  config.layout)
 
 
-def setup_of_row(row: Mapping[str, Any]) -> Setup:
+@dataclass(frozen=True)
+class Step:
+    """A measured step; `engine` is "torch" or "deepspeed", whose speeds are not compared."""
+
+    setup: Setup
+    seconds: float
+    memory: float | None  # bytes a rank
+    engine: str
+
+
+def scaling_step(row: Mapping[str, Any]) -> Step:
     """The step that a row of launch.scaling measured."""
     settings = row["config"]
     config = RunConfig("row", ModelConfig(**{**settings["model"], "vocabulary": row["vocabulary"]}),
                        TrainConfig(**settings["train"]), DataConfig(**settings["data"]),
                        muse=MuseConfig(**settings["muse"]))
-    return setup_of(config, row["ranks"], exact=row["attention"] == "exact")
+    setup = setup_of(config, row["ranks"], exact=row["attention"] == "exact")
+    return Step(setup, row["seconds"], row["memory_bytes"], "torch")
+
+
+def bench_step(row: Mapping[str, Any]) -> Step:
+    """The step that a row of `launch.bench step` measured: one sequence that all ranks share, under DeepSpeed.
+
+    Raises:
+        OSError: the file of the model's settings, which the row names, is not there.
+    """
+    path = Path(row["config"])
+    changes = dict(row["changes"])
+    if row["attention"] in ("moments", "kv"):
+        changes["muse.exchange"] = row["attention"]
+    config = RunConfig.from_toml(path if path.is_absolute() else Path(__file__).parents[1] / path, changes=changes)
+    train = replace(config.train, batch=1, micro_batch=1, shard=row["stage"] == 3, recompute=row["recompute"],
+                    context_parallel=0)
+    setup = setup_of(replace(config, train=train), row["ranks"], exact=row["attention"] == "torch-cp")
+    memory = row["memory_gib"]
+    return Step(setup, row["step_seconds"], None if memory is None else memory * 2**30, "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -206,14 +236,14 @@ def _state_seconds(setup: Setup, machine: Machine, rates: Rates) -> float:
     return max(travel / setup.shape.layers, travel - computing)
 
 
-def fit_steps(machine: Machine, rates: Rates, rows: Sequence[Mapping[str, Any]]) -> Rates:
-    """Rates of what is not attention, from rows of launch.scaling."""
-    if not rows:
+def fit_steps(machine: Machine, rates: Rates, steps: Sequence[Step]) -> Rates:
+    """Rates of what is not attention, from measured steps: launch.train's, or DeepSpeed's where there are no others."""
+    steps = [step for step in steps if step.engine == "torch"] or list(steps)
+    if not steps:
         return rates
-    setups = [setup_of_row(row) for row in rows]
-    known = [sum(known_terms(setup, machine, rates).values()) for setup in setups]
-    step = fit([other_work(setup) for setup in setups], [row["seconds"] for row in rows], rates.step, known)
-    return replace(rates, step=step, rows={**rates.rows, "steps": len(rows)})
+    known = [sum(known_terms(one.setup, machine, rates).values()) for one in steps]
+    step = fit([other_work(one.setup) for one in steps], [one.seconds for one in steps], rates.step, known)
+    return replace(rates, step=step, rows={**rates.rows, "steps": len(steps)})
 
 
 def overtakes(setup: Setup, machine: Machine, rates: Rates, longest: int = 1 << 22) -> tuple[int | None, int | None]:

@@ -17,7 +17,7 @@ from launch.plan_model import Shape, memory
 from launch.plan_rates import assumed_rates, fit, layer_seconds
 from launch.plan_rows import Exchange, fit_links, fit_rates, read_rows
 from launch.plan_step import (
-    fit_steps, known_terms, layer_traffic, other_work, overtakes, predict, setup_of, setup_of_row,
+    fit_steps, known_terms, layer_traffic, other_work, overtakes, predict, scaling_step, setup_of,
 )
 from muse_dist import MuseConfig, traffic
 from muse_dist.kernels import reference
@@ -232,7 +232,8 @@ def step_row(layers, width, context, attention, rates, noise):
            "vocabulary": 50304, "device": "NVIDIA H200", "memory_bytes": 10 ** 10,
            "config": {"model": model, "train": train, "data": {"context": context},
                       "muse": json.loads(MuseConfig.fast().encoded)}}
-    return {**row, "seconds": predict(setup_of_row(row), H200, rates).seconds * noise()}
+    setup = scaling_step({**row, "seconds": 1.0}).setup
+    return {**row, "seconds": predict(setup, H200, rates).seconds * noise()}
 
 
 def write_rows(path, rows):
@@ -250,8 +251,43 @@ def test_fit_finds_the_rates_behind_the_rows(tmp_path):
             case = Case(16, 8, 64, tokens, muse)
             assert layer_seconds(case, rates) == pytest.approx(layer_seconds(case, wanted), rel=0.02)
     rates = fit_steps(machine, rates, rows.steps)
-    for row in rows.steps:
-        assert predict(setup_of_row(row), machine, rates).seconds == pytest.approx(row["seconds"], rel=0.02)
+    for step in rows.steps:
+        assert predict(step.setup, machine, rates).seconds == pytest.approx(step.seconds, rel=0.02)
+        assert step.memory == 10 ** 10 and step.engine == "torch"
+
+
+def deepspeed_row(tokens, attention, ranks, **more):
+    """As `launch.bench step` writes it."""
+    return {"attention": attention, "ranks": ranks, "device": "cuda", "config": "configs/1b.toml",
+            "changes": {"data.context": tokens, "muse.block": 2048}, "stage": 1, "recompute": True, "tokens": tokens,
+            "step_seconds": 1.0, "memory_gib": 10.0, "processor": "NVIDIA H200", **more}
+
+
+def test_steps_of_deepspeed_have_a_fit_of_their_own(tmp_path):
+    made = [deepspeed_row(tokens, attention, ranks) for tokens in (65536, 131072) for ranks in (2, 4)
+            for attention in ("moments", "kv", "torch-cp", "ulysses")]
+    made.append({key: value for key, value in deepspeed_row(65536, "kv", 2, error="out of memory").items()
+                 if key not in ("step_seconds", "processor")})
+    steps = read_rows([write_rows(tmp_path / "rows.jsonl", made)], "H200").steps
+    assert len(steps) == 12, "ulysses is not planned"
+    assert {(step.setup.exact, step.setup.muse.exchange) for step in steps} == {
+        (False, "moments"), (False, "kv"), (True, "moments")}
+    assert all(step.setup.batch == 1 and step.setup.cp == step.setup.world and step.setup.recompute for step in steps)
+    true = replace(assumed_rates(H200), step=true_rates().step)
+    timed = [replace(step, seconds=predict(step.setup, H200, true).seconds) for step in steps]
+    rates = fit_steps(H200, assumed_rates(H200), timed)
+    for step in timed:
+        assert predict(step.setup, H200, rates).seconds == pytest.approx(step.seconds, rel=0.02)
+    mixed = [*timed, replace(timed[0], engine="torch")]
+    assert fit_steps(H200, assumed_rates(H200), mixed).rows["steps"] == 1, "launch.train's own come first"
+
+
+def test_graphs_count_only_where_there_is_nothing_else(tmp_path):
+    case = Case(16, 16, 64, 65536, MuseConfig.fast())
+    rows = [layer_row(case, true_rates(), lambda: 1.0, graphs=captured) for captured in (False, True)]
+    both = read_rows([write_rows(tmp_path / "both.jsonl", rows)], "H200").layers
+    assert [layer.graph for layer in both] == [False]
+    assert [layer.graph for layer in read_rows([write_rows(tmp_path / "one.jsonl", rows[1:])], "H200").layers] == [True]
 
 
 def test_error_of_rows_held_out_is_what_they_scatter(tmp_path):

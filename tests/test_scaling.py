@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import scaling
-from launch.plan_step import setup_of_row
+from launch.plan_step import scaling_step
 from launch.scaling_report import groups, main_table, scaling_table, strong, weak, write_report
 from launch.scaling_row import measured, reason
 
@@ -64,7 +64,7 @@ def test_a_sweep_keeps_failures_and_goes_on(arguments, tmp_path, capsys):
     assert good["fastest"] <= good["seconds"] <= good["slowest"]
     assert good["memory_bytes"] > 0 and good["stages"]["backward"] > 0
     assert good["vocabulary"] == 257, "one token a byte, and one between files"
-    assert setup_of_row(good).shape.parameters == good["parameters"]
+    assert scaling_step(good).setup.shape.parameters == good["parameters"]
     assert not (out / "small-48-1-muse" / "checkpoints").exists()
 
     changed = (out / "rows.jsonl").stat().st_mtime_ns
