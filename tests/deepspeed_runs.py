@@ -253,7 +253,9 @@ def hang(engine: Any, where: str) -> None:
 
 
 def main() -> None:
-    """The program: FOLDER CASE... runs cases; `hang` STAGE WHERE is what its name says."""
+    """The program: FOLDER CASE... runs cases; `hang` STAGE WHERE and `sleep` are what their names say."""
+    if sys.argv[1] == "sleep":
+        time.sleep(1000)
     from muse_dist.deepspeed_ranks import leave_processes
 
     torch.set_num_threads(1)

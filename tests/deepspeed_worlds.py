@@ -106,6 +106,10 @@ def refusals() -> dict[str, str]:
             said[name] = "nothing"
         except (ValueError, RuntimeError) as error:
             said[name] = str(error)
+    sequences = list(torch.arange(8)[:, None].expand(-1, TOKENS))  # DeepSpeed asks whether it is true
+    loader = initialize(make_model("llama"), Case(1, json=ADAM).config, training_data=sequences)[2]
+    loader.num_local_io_workers = 0  # these processes may not start others
+    said["loader"] = str([batch[0, 0].item() for batch in loader])
     inputs, labels = engine.muse.shard(tokens[:, :50], pad_token=3)
     said["padded"] = f"{list(inputs['input_ids'].shape)} {int((labels != -100).sum())}"
     return said

@@ -11,21 +11,19 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
+from launch.bench import main
 from launch.bench_step import _last_error, measure, step_table
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--config", "configs/tiny.toml", "--tokens", "512", "--device", "cpu", "--warmup", "1", "--steps", "2"]
 
 
-def bench(*arguments):
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "launch.bench", "step", *arguments], cwd=ROOT, env=environment,
-                          text=True, capture_output=True)
-
-
 def test_rows_side_by_side_in_one_run(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    found = bench(*SMALL, "--stage", "3", "--attention", "moments", "ulysses", "torch-cp", "--json", str(rows))
+    command = [sys.executable, "-m", "launch.bench", "step", *SMALL, "--stage", "3", "--json", str(rows), "--attention",
+               "moments", "ulysses", "torch-cp"]
+    found = subprocess.run(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+                           text=True, capture_output=True)
     assert found.returncode == 0, found.stderr
     moments, ulysses, ring = map(json.loads, rows.read_text().splitlines())
     for row in (moments, ulysses):
@@ -48,9 +46,12 @@ def test_rows_side_by_side_in_one_run(tmp_path):
     (["--set", "blok=128"], "did you mean 'block'"),
     (["--config", "configs/none.toml"], "none.toml"),
 ])
-def test_what_cannot_be_is_said_at_once(arguments, message):
-    found = bench(*SMALL, *arguments)
-    assert found.returncode == 2 and message in found.stderr
+def test_what_cannot_be_is_said_at_once(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("launch.bench_step.measure", lambda *_: pytest.fail("a row was started"))
+    with pytest.raises(SystemExit) as stop:
+        main(["step", *SMALL, *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_run_that_takes_too_long_is_a_row():

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from filelock import FileLock
 
 pytest.importorskip("deepspeed")
 
@@ -25,20 +26,35 @@ def one(model, accumulation, clip, data_size=1, **muse):
     return alone(Case(0, model=model, accumulation=accumulation, clip=clip, muse=muse), data_size)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
+@pytest.fixture(scope="session")
+def once(tmp_path_factory, worker_id):
+    """Calls a function once for all processes of pytest: ranks start slowly, and many tests read what they did."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder if worker_id == "master" else folder.parent
+
+    def call(name, function):
+        file = folder / f"deepspeed-{name}.pt"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                torch.save(function(folder), file)
+        return torch.load(file, weights_only=False)
+
+    return call
 
 
-@pytest.fixture(scope="module")
-def two(folder):
-    """What both ranks found: one set of processes for all cases."""
-    return run_ranks(2, on_two_ranks, TWO, str(folder), limit=250)
+@pytest.fixture(scope="session")
+def two(once):
+    """What both ranks found: one set of processes for all cases. They leave checkpoints."""
+    return once("two", lambda folder: run_ranks(2, on_two_ranks, TWO, str(folder), limit=250))
 
 
-@pytest.fixture(scope="module")
-def converted(two, folder):
-    """The folder of the checkpoints that two ranks wrote, made universal where ZeRO sharded them."""
+@pytest.fixture(scope="session")
+def converted(once, two):
+    """The folder of the checkpoints, made universal where ZeRO sharded them."""
+    return once("converted", convert)
+
+
+def convert(folder):
     for stage in (1, 2, 3):
         command = RESHARD.format(folder=folder / str(stage), tag="global_step3").split(", and")[0]
         subprocess.run([sys.executable, *command.split()[1:]], check=True, capture_output=True,
@@ -46,14 +62,14 @@ def converted(two, folder):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def four(converted):
-    return run_ranks(4, on_more_or_less, list(CASES_OF_FOUR), converted, limit=250)
+@pytest.fixture(scope="session")
+def four(once, converted):
+    return once("four", lambda _: run_ranks(4, on_more_or_less, list(CASES_OF_FOUR), converted, limit=250))
 
 
-@pytest.fixture(scope="module")
-def single(converted):
-    return run_ranks(1, on_more_or_less, [], converted, limit=250)
+@pytest.fixture(scope="session")
+def single(once, converted):
+    return once("single", lambda _: run_ranks(1, on_more_or_less, [], converted, limit=250))
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -114,6 +130,11 @@ REFUSED = {
 def test_every_rank_is_told_what_is_wrong(two, name):
     for _, _, said in two:
         assert REFUSED[name] in said[name]
+
+
+def test_ranks_that_share_a_sequence_read_the_same_training_data(two):
+    first, second = (said["loader"] for _, _, said in two)
+    assert first == second and len(first.split(",")) == 8  # one replica reads all of it
 
 
 def test_sequences_are_padded_if_asked(two):

@@ -58,11 +58,6 @@ def torchrun(folder):
     return [start([*TORCHRUN, PROGRAM, str(folder), CASE])]
 
 
-def deepspeed(folder):
-    return [start([str(ROOT / "launch" / "deepspeed.sh"), str(folder), "--num_gpus", "2", "--no_local_rank",
-                   "--master_port", free_port(), PROGRAM, str(folder), CASE])]
-
-
 def deepspeed_on_two_nodes(folder):
     """Two addresses of this machine stand for two nodes, each of which starts its own part."""
     (folder / "hosts").write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
@@ -78,7 +73,7 @@ def mpirun(folder):
                   MASTER_PORT=free_port(), OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")]
 
 
-@pytest.mark.parametrize("launcher", [torchrun, deepspeed, deepspeed_on_two_nodes, mpirun])
+@pytest.mark.parametrize("launcher", [torchrun, deepspeed_on_two_nodes, mpirun])
 def test_every_launcher_trains_as_one_process(launcher, tmp_path):
     processes = launcher(tmp_path)
     output = "\n".join(finish(*processes))
@@ -89,10 +84,24 @@ def test_every_launcher_trains_as_one_process(launcher, tmp_path):
 def test_deepspeed_recipe_does_not_take_lost_ranks_for_success(tmp_path):
     (tmp_path / "finished").touch()  # of an earlier run
     (tmp_path / "nothing.py").touch()
-    process, = [start([str(ROOT / "launch" / "deepspeed.sh"), str(tmp_path), "--num_gpus", "1", "--master_port",
-                       free_port(), str(tmp_path / "nothing.py")])]
+    process = start([str(ROOT / "launch" / "deepspeed.sh"), str(tmp_path), "--num_gpus", "1", "--master_port",
+                     free_port(), str(tmp_path / "nothing.py")])
     assert "finished is missing" in finish(process)[0]
     assert process.returncode == 1
+
+
+def test_stopping_the_deepspeed_recipe_stops_its_ranks(tmp_path):
+    recipe = start([str(ROOT / "launch" / "deepspeed.sh"), str(tmp_path), "--num_gpus", "2", "--no_local_rank",
+                    "--master_port", free_port(), PROGRAM, "sleep"])
+    deadline = time.monotonic() + 200
+    while len(ranks := [p for p in psutil.Process(recipe.pid).children(recursive=True) if p.cmdline()[-1:] == ["sleep"]
+                        and "deepspeed.launcher" not in " ".join(p.cmdline()) and "RANK" in p.environ()]) < 2:
+        assert time.monotonic() < deadline and recipe.poll() is None
+        time.sleep(0.1)
+    recipe.terminate()
+    finish(recipe)
+    assert recipe.returncode == 143
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
 
 
 def example_of(folder, steps):
