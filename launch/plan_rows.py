@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from muse_dist import MuseConfig
 
 Row = dict[str, Any]
 Kind = TypeVar("Kind")
-HOLD_OUT = 3  # every third row is held out
+HOLD_OUT = 3
 
 
 @dataclass(frozen=True)
@@ -135,17 +135,22 @@ def _exchanges(row: Row) -> list[Exchange]:
 
 
 def split_rows(rows: Rows) -> tuple[Rows, Rows]:
-    """Rows to fit and rows to judge the fit by: of every kind each third is held out."""
-    parts = []
-    for held in (False, True):
-        parts.append(Rows(_third(rows.layers, held), _third(rows.exchanges, held), rows.hidden,
-                          _third(rows.steps, held)))
-    return parts[0], parts[1]
+    """Rows to fit and layers and steps to judge the fit by.
+
+    Held out is every third of those that differ only in length and ranks, from the second on; of two, none.
+    """
+    layers = _split(rows.layers, lambda x: replace(x.case, tokens=1, ranks=1))
+    steps = _split(rows.steps, lambda x: (x.engine, x.setup.shape, x.setup.exact, x.setup.muse))
+    return (Rows(layers[0], rows.exchanges, rows.hidden, steps[0]), Rows(layers[1], [], [], steps[1]))
 
 
-def _third(rows: Sequence[Kind], held: bool) -> list[Kind]:
-    """Each third row, or the others."""
-    return [row for i, row in enumerate(rows) if (i % HOLD_OUT == HOLD_OUT - 1) == held]
+def _split(rows: Sequence[Kind], alike: Callable[[Kind], object]) -> tuple[list[Kind], list[Kind]]:
+    """Rows to fit and rows held out, in the order given."""
+    groups: dict[object, list[Kind]] = {}
+    for row in rows:
+        groups.setdefault(alike(row), []).append(row)
+    held = {id(row) for group in groups.values() if len(group) > 2 for row in group[1::HOLD_OUT]}
+    return [row for row in rows if id(row) not in held], [row for row in rows if id(row) in held]
 
 
 def fit_links(machine: Machine, exchanges: Sequence[Exchange]) -> Machine:

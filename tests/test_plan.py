@@ -15,7 +15,7 @@ from launch.plan_attention import PRODUCTS, Case, attention_work
 from launch.plan_machine import GPUS, Machine, known_machine
 from launch.plan_model import Shape, memory
 from launch.plan_rates import assumed_rates, fit, layer_seconds
-from launch.plan_rows import Exchange, fit_links, fit_rates, read_rows
+from launch.plan_rows import Exchange, fit_links, fit_rates, read_rows, split_rows
 from launch.plan_step import (
     fit_steps, known_terms, layer_traffic, other_work, overtakes, predict, scaling_step, setup_of,
 )
@@ -218,7 +218,7 @@ def made_rows(noise):
     rows += [layer_row(Case(16, 16, 64, 65536, MuseConfig.fast()), rates, lambda: 9.0, **bad) for bad in (
         {"failed": "out of memory"}, {"check": {"passed": False}}, {"causal": False}, {"device": "NVIDIA A100"})]
     for layers, width in ((12, 768), (24, 1024), (16, 2048)):
-        for context in (16384, 65536):
+        for context in (16384, 65536, 131072):
             for attention in ("muse", "exact"):
                 rows.append(step_row(layers, width, context, attention, rates, noise))
     return rows
@@ -243,7 +243,7 @@ def write_rows(path, rows):
 
 def test_fit_finds_the_rates_behind_the_rows(tmp_path):
     rows = read_rows([write_rows(tmp_path / "rows.jsonl", made_rows(lambda: 1.0))], "H200")
-    assert len(rows.layers) == 40 and len(rows.steps) == 12
+    assert len(rows.layers) == 40 and len(rows.steps) == 18
     wanted = true_rates()
     machine, rates = fit_rates(H200, rows, 64)
     for tokens in (24576, 524288):  # between the rows, and beyond them
@@ -294,12 +294,22 @@ def test_error_of_rows_held_out_is_what_they_scatter(tmp_path):
     rng = np.random.default_rng(0)
     path = write_rows(tmp_path / "rows.jsonl", made_rows(lambda: rng.uniform(0.95, 1.05)))
     errors = plan.held_out_errors(H200, read_rows([path], "H200"))
-    assert len(errors["layers"]) == 13 and len(errors["steps"]) == 4
+    assert len(errors["layers"]) == 16 and len(errors["steps"]) == 6
     for found in errors.values():
         assert 0.0 < np.abs(found).max() < 0.12
     text = plan.calibration_text(H200, read_rows([path], "H200"), 64)
     assert "fitted to 40 layers" in text and "held out: median" in text
     assert "none has this model's head dim of 128" in plan.calibration_text(H200, read_rows([path], "H200"), 128)
+
+
+def test_rows_held_out_are_of_every_kind(tmp_path):
+    rows = read_rows([write_rows(tmp_path / "rows.jsonl", made_rows(lambda: 1.0))], "H200")
+    kept, held = split_rows(rows)
+    for whole, parts in ((rows.layers, (kept.layers, held.layers)), (rows.steps, (kept.steps, held.steps))):
+        assert len(whole) == sum(map(len, parts)) and all(one in parts[0] or one in parts[1] for one in whole)
+    assert {layer.case.muse for layer in held.layers} == {layer.case.muse for layer in rows.layers}
+    assert {layer.case.muse for layer in kept.layers} == {layer.case.muse for layer in rows.layers}
+    assert kept.exchanges == rows.exchanges
 
 
 def test_fit_is_never_negative_and_leaves_unseen_stages_alone():
