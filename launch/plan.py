@@ -29,7 +29,7 @@ from launch.plan_step import Prediction, fit_steps, overtakes, predict, setup_of
 RESULTS = Path(__file__).parent / "results"
 GROUPS = {  # columns of the table, and the terms they add up
     "attention": ("exact", "near field", "opened leaves", "far field", "moments", "remote moments", "choice",
-                  "ordering", "attention start"),
+                  "ordering", "waiting for the host"),
     "dense": ("dense",), "other": ("elementwise", "optimizer", "fixed"),
     "exchange": ("context exchange",), "state": ("weights and gradients",),
 }
@@ -78,10 +78,11 @@ def held_out_errors(machine: Machine, rows: Rows) -> dict[str, np.ndarray]:
         errors.setdefault("layers", []).extend(layer_errors(rates, [x for x in held.layers if x.case.dim == dim]))
     for engine, kind in (("torch", "steps"), ("deepspeed", "deepspeed steps")):
         same = replace(kept, steps=[step for step in kept.steps if step.engine == engine])
-        for step in held.steps:
-            if step.engine == engine:
-                there, rates = calibrated(machine, same, step.setup.shape.dim)
-                errors.setdefault(kind, []).append(predict(step.setup, there, rates).seconds / step.seconds - 1)
+        steps = [step for step in held.steps if step.engine == engine]
+        for dim in sorted({step.setup.shape.dim for step in steps}):
+            there, rates = calibrated(machine, same, dim)
+            errors.setdefault(kind, []).extend(predict(step.setup, there, rates).seconds / step.seconds - 1
+                                               for step in steps if step.setup.shape.dim == dim)
     return {kind: np.array(found) for kind, found in errors.items()}
 
 

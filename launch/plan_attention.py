@@ -25,7 +25,8 @@ PRODUCTS = {
 }
 # How often the queries and keys of a layer move through memory for the far field: cut, sorted, and put back.
 MOVES = (6, 10)
-STAGES = (*PRODUCTS, "ordering", "start")
+# The host's time to start a layer's kernels, which run beside it: a layer takes whichever is longer.
+STARTS = ("start exact", "start", "start ranks")
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Work:
-    """By stage, what the busiest rank does: operations, for "ordering" bytes, and for "start" the number of layers."""
+    """By stage, what the busiest rank does: operations, and bytes for "ordering"."""
 
     forward: dict[str, float]
     backward: dict[str, float]
+    start: str  # which of STARTS
 
 
 @lru_cache(maxsize=4096)
@@ -62,10 +64,10 @@ def attention_work(case: Case) -> Work:
     passes = [{stage: 2.0 * products[i] * case.dim * pairs[stage] for stage, products in PRODUCTS.items()
                if pairs.get(stage) and products[i]} for i in (0, 1)]
     for work, moves in zip(passes, MOVES):
-        work["start"] = 1.0
         if pairs.get("far field"):
             work["ordering"] = moves * 2.0 * case.dim * (case.heads + case.kv_heads) * case.tokens / case.ranks
-    return Work(*passes)
+    start = "start exact" if case.muse is None else "start" if case.ranks == 1 else "start ranks"
+    return Work(passes[0], passes[1], start)
 
 
 def _ranks(case: Case) -> range | list[int]:

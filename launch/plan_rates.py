@@ -13,7 +13,8 @@ from launch.plan_machine import Machine
 ASSUMED = {"exact": (0.6, 0.45), "near field": (0.5, 0.4), "opened leaves": (0.3, 0.2), "far field": (0.3, 0.2),
            "moments": (0.2, 0.15), "remote moments": (0.2, 0.15), "choice": (0.25, 0.25), "ordering": (0.5, 0.5)}
 ASSUMED_STEP = {"dense": 0.6, "elementwise": 0.5, "optimizer": 0.7}
-ASSUMED_START = 500e-6  # seconds a layer's forward takes however short the sequence
+# Seconds in which the host starts the kernels of a layer's forward; a backward takes it twice as long.
+ASSUMED_STARTS = {"start exact": 50e-6, "start": 2e-3, "start ranks": 4e-3}
 ASSUMED_FIXED = 10e-3  # seconds of a step that do not depend on its size
 ELEMENTWISE_MOVES = 6  # how often what a layer keeps goes through memory, forward and backward
 PRIOR_WEIGHT = 1e-3  # of an assumed speed against one measured row: it decides only what no row tells apart
@@ -36,7 +37,8 @@ def assumed_rates(machine: Machine) -> Rates:
     for i in (0, 1):
         speeds = {stage: share[i] * (machine.memory_speed if stage == "ordering" else machine.peak)
                   for stage, share in ASSUMED.items()}
-        passes.append({**{stage: 1 / speed for stage, speed in speeds.items()}, "start": ASSUMED_START * (1 + i)})
+        passes.append({**{stage: 1 / speed for stage, speed in speeds.items()},
+                       **{name: seconds * (1 + i) for name, seconds in ASSUMED_STARTS.items()}})
     step = {"dense": 1 / (ASSUMED_STEP["dense"] * machine.peak), "fixed": ASSUMED_FIXED,
             **{name: 1 / (ASSUMED_STEP[name] * machine.memory_speed) for name in ("elementwise", "optimizer")}}
     return Rates(passes[0], passes[1], step)
@@ -45,7 +47,8 @@ def assumed_rates(machine: Machine) -> Rates:
 def layer_seconds(case: Case, rates: Rates) -> tuple[float, float]:
     """Forward and backward of a layer on the busiest rank, without its exchanges."""
     work = attention_work(case)
-    return priced(work.forward, rates.forward), priced(work.backward, rates.backward)
+    return (max(priced(work.forward, rates.forward), rates.forward[work.start]),
+            max(priced(work.backward, rates.backward), rates.backward[work.start]))
 
 
 def priced(work: dict[str, float], rates: dict[str, float]) -> float:
@@ -79,21 +82,61 @@ def fit(
 
 
 def _nonnegative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The x >= 0 with the least |a x - b|, by coordinate descent; the columns of `a` are independent."""
-    gram, target = a.T @ a, a.T @ b
-    x = np.ones(a.shape[1])
-    for _ in range(20_000):
-        before = x.copy()
-        for i in range(len(x)):
-            x[i] = max(0.0, x[i] + (target[i] - gram[i] @ x) / gram[i, i])
-        if np.abs(x - before).max() < 1e-10:
-            break
-    return x
+    """The x >= 0 with the least |a x - b|: the active-set method of Lawson and Hanson (1974)."""
+    x, free = np.zeros(a.shape[1]), np.zeros(a.shape[1], dtype=bool)
+    while True:
+        slope = np.where(free, -np.inf, a.T @ (b - a @ x))
+        if slope.max() < 1e-12:
+            return x
+        free[slope.argmax()] = True
+        while True:
+            best = np.zeros_like(x)
+            best[free] = np.linalg.lstsq(a[:, free], b, rcond=None)[0]
+            below = free & (best <= 0)
+            if not below.any():
+                break
+            x = x + min(x[below] / (x[below] - best[below])) * (best - x)  # as far as all stay above zero
+            free &= x > 1e-14
+        x = best
 
 
 def fit_layers(rates: Rates, rows: Sequence[tuple[Case, float, float]]) -> Rates:
     """Rates of the stages from layers (case, seconds forward, seconds backward) measured without exchanges."""
     works: list[Work] = [attention_work(case) for case, _, _ in rows]
-    forward = fit([work.forward for work in works], [row[1] for row in rows], rates.forward)
-    backward = fit([work.backward for work in works], [row[2] for row in rows], rates.backward)
+    starts = [work.start for work in works]
+    forward = fit_with_starts([work.forward for work in works], starts, [row[1] for row in rows], rates.forward)
+    backward = fit_with_starts([work.backward for work in works], starts, [row[2] for row in rows], rates.backward)
     return replace(rates, forward=forward, backward=backward)
+
+
+def fit_with_starts(
+    work: Sequence[dict[str, float]], starts: Sequence[str], seconds: Sequence[float], known: dict[str, float]
+) -> dict[str, float]:
+    """As `fit`, where a row takes the longer of its work and of a start, the name of whose rate `starts` gives.
+
+    Tries for each start how many of the fastest rows of its kind wait for the host, and keeps what fits best.
+    """
+    times = np.asarray(seconds)
+    order = {start: sorted((i for i, name in enumerate(starts) if name == start), key=lambda i: seconds[i])
+             for start in dict.fromkeys(starts)}
+
+    def attempt(waiting: dict[str, int]) -> tuple[float, dict[str, float]]:
+        out = {i for start, count in waiting.items() for i in order[start][:count]}
+        here = [i for i in range(len(work)) if i not in out]
+        rates = fit([work[i] for i in here], times[here].tolist(), known) if here else dict(known)
+        for start, count in waiting.items():
+            some = times[order[start][:count]]  # the least squares of start / seconds - 1
+            # If nothing waits, a start is at most what the fastest row takes.
+            rates[start] = ((1 / some).sum() / (1 / some**2).sum() if count
+                            else min(known[start], times[order[start][0]]))
+        found = [max(priced(one, rates), rates[start]) for one, start in zip(work, starts)]
+        return float(((np.array(found) / times - 1) ** 2).sum()), rates
+
+    waiting = dict.fromkeys(order, 0)
+    best, rates = attempt(waiting)
+    for start in [*order, *order]:
+        for count in range(len(order[start]) + 1):
+            error, found = attempt({**waiting, start: count})
+            if error < 0.99 * best:  # not for nothing
+                best, rates, waiting = error, found, {**waiting, start: count}
+    return rates

@@ -11,7 +11,7 @@ from launch.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from launch.plan_attention import Case, attention_work
 from launch.plan_machine import Machine
 from launch.plan_model import OPTIMIZER_BYTES, Memory, Shape, memory
-from launch.plan_rates import ELEMENTWISE_MOVES, Rates, fit, layer_seconds
+from launch.plan_rates import ELEMENTWISE_MOVES, Rates, fit, layer_seconds, priced
 from muse_dist import MuseConfig, traffic
 from muse_dist.layout import LayoutName
 
@@ -144,6 +144,7 @@ def predict(setup: Setup, machine: Machine, rates: Rates) -> Prediction:
     """
     work, known = other_work(setup), known_terms(setup, machine, rates)
     terms = {**{name: amount * rates.step[name] for name, amount in work.items()}, **known}
+    terms["waiting for the host"] = max(0.0, _host_seconds(setup, rates) - sum(terms.values()))
     local = setup.context // setup.cp
     held = memory(setup.shape, None if setup.exact else setup.muse, setup.micro * local, world=setup.world,
                   sharded=setup.sharded, recompute=setup.recompute)
@@ -170,20 +171,26 @@ def _sequences(setup: Setup) -> int:
 
 
 def known_terms(setup: Setup, machine: Machine, rates: Rates) -> dict[str, float]:
-    """Seconds of the attention by stage and of the exchanges that computing does not hide."""
+    """Seconds of the attention by stage, and of the exchanges that computing does not hide."""
     terms: dict[str, float] = {}
     work = attention_work(setup.case)
     again = 2 if setup.recompute else 1
     for amounts, speeds, times in ((work.forward, rates.forward, again), (work.backward, rates.backward, 1)):
         for stage, amount in amounts.items():
-            calls = setup.passes if stage == "start" else _sequences(setup)
-            name = "attention start" if stage == "start" else stage
-            terms[name] = terms.get(name, 0.0) + amount * speeds[stage] * times * calls * setup.shape.layers
+            layers = _sequences(setup) * setup.shape.layers
+            terms[stage] = terms.get(stage, 0.0) + amount * speeds[stage] * times * layers
     if setup.cp > 1:
         terms["context exchange"] = _context_seconds(setup, machine, rates)
     if setup.world > 1:
         terms["weights and gradients"] = _state_seconds(setup, machine, rates)
     return terms
+
+
+def _host_seconds(setup: Setup, rates: Rates) -> float:
+    """Time in which the host starts the kernels of the attention, which the GPU must wait for at least."""
+    start = attention_work(setup.case).start
+    return setup.passes * setup.shape.layers * ((2 if setup.recompute else 1) * rates.forward[start]
+                                                + rates.backward[start])
 
 
 def layer_traffic(setup: Setup) -> tuple[float, float]:
@@ -241,9 +248,12 @@ def fit_steps(machine: Machine, rates: Rates, steps: Sequence[Step]) -> Rates:
     steps = [step for step in steps if step.engine == "torch"] or list(steps)
     if not steps:
         return rates
-    known = [sum(known_terms(one.setup, machine, rates).values()) for one in steps]
-    step = fit([other_work(one.setup) for one in steps], [one.seconds for one in steps], rates.step, known)
-    return replace(rates, step=step, rows={**rates.rows, "steps": len(steps)})
+    work = [other_work(one.setup) for one in steps]
+    for _ in range(3):  # how long the GPU waits for the host depends on what else it has to do
+        terms = [predict(one.setup, machine, rates).terms for one in steps]
+        besides = [sum(found.values()) - priced(amounts, rates.step) for found, amounts in zip(terms, work)]
+        rates = replace(rates, step=fit(work, [one.seconds for one in steps], rates.step, besides))
+    return replace(rates, rows={**rates.rows, "steps": len(steps)})
 
 
 def overtakes(setup: Setup, machine: Machine, rates: Rates, longest: int = 1 << 22) -> tuple[int | None, int | None]:

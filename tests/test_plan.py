@@ -14,7 +14,7 @@ from launch.model import build_model
 from launch.plan_attention import PRODUCTS, Case, attention_work
 from launch.plan_machine import GPUS, Machine, known_machine
 from launch.plan_model import Shape, memory
-from launch.plan_rates import assumed_rates, fit, layer_seconds
+from launch.plan_rates import assumed_rates, fit, fit_with_starts, layer_seconds
 from launch.plan_rows import Exchange, fit_links, fit_rates, read_rows, split_rows
 from launch.plan_step import (
     fit_steps, known_terms, layer_traffic, other_work, overtakes, predict, scaling_step, setup_of,
@@ -316,6 +316,29 @@ def test_fit_is_never_negative_and_leaves_unseen_stages_alone():
     known = {"a": 1.0, "b": 1.0, "c": 5.0}
     found = fit([{"a": 1.0, "b": 1.0}, {"a": 2.0, "b": 1.0}, {"a": 4.0, "b": 1.0}], [1.0, 2.1, 4.1], known)
     assert found["b"] >= 0 and found["a"] == pytest.approx(1.0, rel=0.05) and found["c"] == 5.0
+    down = fit([{"a": n, "b": 1.0} for n in (1.0, 2.0, 4.0)], [1.0, 2.3, 5.0], known)  # a line with a negative start
+    assert down["b"] == 0.0 and down["a"] == pytest.approx(1.15, rel=0.05)
+
+
+def test_rows_that_wait_for_the_host_are_told_from_those_that_compute():
+    """Times are the longer of 3 ms and the work, or, of another kind, of 1 ms and the work."""
+    work = [{"a": amount, "b": 1.0} for amount in (1.0, 2.0, 4.0, 8.0, 16.0)] * 2
+    starts, known = ["start"] * 5 + ["start exact"] * 5, {"a": 1e-3, "b": 1e-3, "start": 1e-4, "start exact": 1e-4}
+    true = {"start": 3e-3, "start exact": 1e-3}
+    seconds = [max(true[start], 0.5e-3 * one["a"] + 0.2e-3) for one, start in zip(work, starts)]
+    found = fit_with_starts(work, starts, seconds, known)
+    assert found["start"] == pytest.approx(3e-3, rel=0.01) and found["start exact"] == pytest.approx(1e-3, rel=0.01)
+    assert found["a"] == pytest.approx(0.5e-3, rel=0.02) and found["b"] == pytest.approx(0.2e-3, rel=0.1)
+    found = fit_with_starts(work[3:5], starts[3:5], seconds[3:5], {**known, "start": 9.0})
+    assert found["start"] <= min(seconds[3:5]), "nothing waits for longer than it takes"
+
+
+def test_a_step_waits_for_the_host_only_where_that_takes_longer():
+    rates, short = assumed_rates(H200), large()(1, context=4096, batch=1)
+    slow = {name: {**table, "start": 1.0} for name, table in (("forward", rates.forward), ("backward", rates.backward))}
+    assert predict(large()(1), H200, rates).terms["waiting for the host"] == 0.0
+    waits = predict(short, H200, replace(rates, **slow))
+    assert waits.seconds == pytest.approx(16 * (2 + 1)) and waits.binds == "waiting for the host"
 
 
 def test_links_are_read_from_exchanges_alone():
