@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_dist.kernels.limits import ceil_div
+
 LONGEST = 256  # readers that one program sums up; leaves with more, such as sinks, are shared by several programs
 
 
@@ -34,7 +36,7 @@ def leaf_readers(opened: Tensor, leaves: int, longest: int = LONGEST) -> Readers
     """Invert opened leaves [batch, groups, O] (-1: empty slot). Nothing waits for the device."""
     batch, count = opened.shape[0], opened.numel()
     name = torch.empty(count, dtype=torch.int32, device=opened.device)
-    _names[(triton.cdiv(count, 1024),)](opened.contiguous(), name, batch, count // batch, count, leaves, TILE=1024)
+    _names[(ceil_div(count, 1024),)](opened.contiguous(), name, batch, count // batch, count, leaves, TILE=1024)
     name, slot = name.sort(stable=True)
     every = torch.arange(leaves * batch + 1, device=name.device, dtype=torch.int32)
     return Readers(slot, name, torch.searchsorted(name, every, out_int32=True), longest)

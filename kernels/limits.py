@@ -8,9 +8,19 @@ MOST_DIM = 256
 LEAF_BYTES = 64 * 1024  # of the keys of a padded leaf that a program holds on chip
 
 
+def power_of_two(size: int) -> int:
+    """The least power of two that is at least `size`. Triton's own costs microseconds a call."""
+    return 1 << (size - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own costs microseconds a call."""
+    return -(-a // b)
+
+
 def padded(size: int) -> int:
     """The power of two that tiles of `size` take; tl.dot needs 16."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size))
 
 
 def largest_leaf(dim: int, dtype: torch.dtype) -> int:

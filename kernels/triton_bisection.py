@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_dist.kernels.limits import power_of_two
 from muse_dist.kernels import clustering
 from muse_dist.kernels.triton_clustering import check_points, finite, flags_of
 
@@ -52,10 +53,10 @@ def bisect(
     x = x.contiguous()
     while fresh or size > part:
         levels, odd = _levels(size // part, tile.levels if size <= 4096 else 1)
-        held = triton.next_power_of_2(size)
+        held = power_of_two(size)
         _bisect[(x.shape[:-1].numel() // size,)](
             x, flags, order, pinned, n, periods, FRESH=fresh, SIZE=size, SIZE_PAD=held, LEVELS=levels, ODD=odd,
-            COUNT=count, AXES=min(tile.axes, triton.next_power_of_2(count)),
+            COUNT=count, AXES=min(tile.axes, power_of_two(count)),
             num_warps=min(16, max(1, held // (32 * tile.share))))
         size //= odd << levels
         fresh = False

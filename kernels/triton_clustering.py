@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_dist.kernels.limits import power_of_two
 from muse_dist.kernels.triton_common import PRECISION, load_rows, padded, store_rows
 
 
@@ -91,8 +92,8 @@ def scatter_rows(x: Tensor, order: Tensor) -> Tensor:
 
 def _copy_rows(x: Tensor, order: Tensor, scatter: bool) -> Tensor:
     points, dim = x.shape[-2:]
-    wide = triton.next_power_of_2(dim)
-    rows = min(triton.next_power_of_2(points), max(1, 8192 // wide))
+    wide = power_of_two(dim)
+    rows = min(power_of_two(points), max(1, 8192 // wide))
     tiles = -(-points // rows)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _copy[(x.shape[:-2].numel() * tiles,)](

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muse_dist.kernels.limits import DTYPES, MOST_DIM, largest_leaf, padded
+from muse_dist.kernels.limits import DTYPES, MOST_DIM, largest_leaf, padded, power_of_two
 from muse_dist.kernels.plain_blocks import Sight
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -72,7 +72,7 @@ def side(size: int, most: int, warps: int) -> int:
     For eight warps and 16 columns Triton 3.6 multiplies by Hopper's wgmma in pieces of 8 columns, which in fp32 ends in
     illegal memory accesses (https://github.com/triton-lang/triton/issues/10629). Pieces of 16 columns do not.
     """
-    return max(4 * warps, min(most, triton.next_power_of_2(size)))
+    return max(4 * warps, min(most, power_of_two(size)))
 
 
 def check_kernel_inputs(dim: int, leaf: int, **tensors: Tensor | None) -> None:

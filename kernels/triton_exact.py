@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_dist.kernels.limits import ceil_div
 from muse_dist.kernels.triton_common import (
     LOG2E, PRECISION, Tile, backward_tile, check_kernel_inputs, forward_tile, load_rows, padded, side, store_rows,
 )
@@ -95,7 +96,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _programs(x: Tensor, size: int) -> int:
-    return x.shape[0] * x.shape[1] * triton.cdiv(x.shape[2], size)
+    return x.shape[0] * x.shape[1] * ceil_div(x.shape[2], size)
 
 
 def _constants(q: Tensor, k: Tensor, causal: bool, tile: Tile) -> dict[str, int | bool]:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_dist.kernels.limits import ceil_div
 from muse_dist.kernels.triton_common import LOG2E, load_rows, padded, store_rows
 
 MOST = 4  # parts that a kernel reads at once
@@ -54,7 +55,7 @@ def _join_few(parts: Sequence[Part], rows: int) -> tuple[Tensor, Tensor]:
     none = (None,) * (MOST - len(parts))
     zero = (0,) * (MOST - len(parts))
     tile = max(16, min(64, 4096 // padded(dim)))
-    _join[(triton.cdiv(rows, tile) * heads,)](
+    _join[(ceil_div(rows, tile) * heads,)](
         *(part.out.contiguous() for part in parts), *none, *(part.lse.contiguous() for part in parts), *none,
         *(part.start for part in parts), *zero, *(part.lse.shape[1] for part in parts), *zero, out, lse, rows,
         PARTS=len(parts), ROWS=tile, DIM=dim, DIM_PAD=padded(dim))

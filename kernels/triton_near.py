@@ -5,6 +5,7 @@ strided views, nothing is copied. On one device a causal near field takes `halo`
 """
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -56,7 +57,7 @@ def _near_field(
     """`near_field` of few enough heads."""
     queries, keys, values = _heads(q), _heads(k), _heads(v)
     parts = []
-    for run in find_runs(pairs, block, q.shape[3], k.shape[2]):
+    for run in find_runs(tuple(pairs), block, q.shape[3], k.shape[2]):
         rows, read = _fold(run, block, [queries], [keys, values])
         out, lse = _exact(exact, q, run).forward(*rows, *read, scale, run.diagonal)
         parts.append(Part(_unfold(out), _unfold(lse), run.query * block))
@@ -94,7 +95,7 @@ def _near_field_backward(
     of_queries = [_heads(x) for x in (q, dout, out, lse[..., None])]
     of_keys = [_heads(k), _heads(v)]
     total: list[Tensor | None] = [None, None, None]
-    for run in find_runs(pairs, block, q.shape[3], k.shape[2]):
+    for run in find_runs(tuple(pairs), block, q.shape[3], k.shape[2]):
         (q_rows, d_rows, out_rows, lse_rows), read = _fold(run, block, of_queries, of_keys)
         grads = _exact(exact, q, run).backward(
             d_rows, q_rows, *read, out_rows, lse_rows[..., 0], scale, run.diagonal)
@@ -112,7 +113,8 @@ def _together(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 
-def find_runs(pairs: Sequence[tuple[int, int, bool]], block: int, queries: int, keys: int) -> list[Run]:
+@functools.lru_cache(maxsize=256)  # on a GPU host time counts
+def find_runs(pairs: tuple[tuple[int, int, bool], ...], block: int, queries: int, keys: int) -> list[Run]:
     """The runs that make up the pairs, the longest first; `queries` and `keys` are the tokens in all."""
     runs: list[Run] = []
     for i, j, diagonal in sorted(pairs, key=lambda pair: (pair[1] - pair[0], pair[2], pair[0])):

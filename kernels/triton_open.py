@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_dist.kernels.limits import ceil_div, power_of_two
 from muse_dist.kernels.plain_blocks import Sight
 from muse_dist.kernels.reference import PROBES
 from muse_dist.kernels.triton_common import (
@@ -48,9 +49,9 @@ def open_leaves(
     out = torch.empty((*q.shape[:4], sinks + slots), dtype=torch.int64, device=q.device)
     shared = {"PER_BLOCK": leaves // sight.key.shape[0], "CAUSAL": sight.causal}
     if sinks:
-        _sinks[(triton.cdiv(count, 256),)](
+        _sinks[(ceil_div(count, 256),)](
             sight.query, sight.key, out, count, blocks, sight.halo, GROUPS=groups, SINKS=sinks, SLOTS=slots, TILE=256,
-            SINKS_PAD=triton.next_power_of_2(sinks), **shared)
+            SINKS_PAD=power_of_two(sinks), **shared)
     if slots:
         shared |= {"SINKS": sinks, "SLOTS": slots, "HAS_VALID": valid is not None}
         _open_best(out, q, k, sight, scale, row_valid, valid, tile, shared)
@@ -70,7 +71,7 @@ def _open_best(
     holds = None if valid is None else flags(valid.any(-1))
     products = _products(count, blocks, leaf, dim, k.dtype, tile, shared)
     choice = _choice(groups, runs, leaves, shared)
-    parts = sight.key.shape[0] * triton.cdiv(shared["PER_BLOCK"], products["SPAN"])
+    parts = sight.key.shape[0] * ceil_div(shared["PER_BLOCK"], products["SPAN"])
     together = SCRATCH_BYTES // (count * leaves * 4)
     some_heads, some_blocks = _even(heads, together // blocks), _even(blocks, together)
     mass = torch.empty((some_heads, leaves, some_blocks * count), dtype=torch.float32, device=q.device)
@@ -78,15 +79,15 @@ def _open_best(
         for block in range(0, blocks, some_blocks):
             here = min(some_heads, heads - head), min(some_blocks, blocks - block)
             numbers = head, block, here[1], blocks, leaves, sight.halo
-            _weigh[(here[0] * triton.cdiv(here[1] * count, products["ROWS"]), parts)](
+            _weigh[(here[0] * ceil_div(here[1] * count, products["ROWS"]), parts)](
                 probe, k, flags(valid), sight.query, sight.key, mass, *numbers, held, **products)
-            _choose[(here[0] * here[1] * triton.cdiv(groups, choice["TILE"]),)](
+            _choose[(here[0] * here[1] * ceil_div(groups, choice["TILE"]),)](
                 mass, live, holds, sight.query, sight.key, out, *numbers, **choice)
 
 
 def _even(count: int, together: int) -> int:
     """The length of as few runs of at most `together` things, or of one, as make up `count`, all about as long."""
-    return triton.cdiv(count, triton.cdiv(count, max(1, together)))
+    return ceil_div(count, ceil_div(count, max(1, together)))
 
 
 def _probes(q: Tensor, row_valid: Tensor | None, runs: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -97,9 +98,9 @@ def _probes(q: Tensor, row_valid: Tensor | None, runs: int, scale: float) -> tup
     size, dim = q.shape[4:]
     probe = torch.empty((*q.shape[:4], runs, dim), dtype=q.dtype, device=q.device)
     live = torch.empty(probe.shape[:-1], dtype=torch.uint8, device=q.device)
-    rows = min(16, triton.next_power_of_2(size // runs))
+    rows = min(16, power_of_two(size // runs))
     tile = max(1, 8192 // (rows * padded(dim)))
-    _average[(triton.cdiv(live.numel(), tile),)](
+    _average[(ceil_div(live.numel(), tile),)](
         q.contiguous(), flags(row_valid), probe, live, scale, live.numel(), RUN=size // runs, DIM=dim,
         HAS_ROWS=row_valid is not None, TILE=tile, ROWS=rows, DIM_PAD=padded(dim))
     return probe, live
@@ -120,7 +121,7 @@ def _products(
 ) -> dict[str, int]:
     """The compile-time arguments of `_weigh`. A tile has whole leaves; where these are large, fewer rows and stages."""
     tile = _weigh_tile(dim, dtype) if tile is None else tile
-    leaf_pad = triton.next_power_of_2(leaf)
+    leaf_pad = power_of_two(leaf)
     columns = max(leaf_pad, side(shared["PER_BLOCK"] * leaf_pad, tile.keys, tile.warps))
     rows, stages = tile.rows, tile.stages
     if columns > tile.keys:
@@ -135,9 +136,9 @@ def _products(
 
 def _choice(groups: int, runs: int, leaves: int, shared: dict[str, int]) -> dict[str, int]:
     """The compile-time arguments of `_choose`. A tile has eight probes: 32 bytes, the least that memory is read in."""
-    chunk = min(1024, triton.next_power_of_2(leaves))
+    chunk = min(1024, power_of_two(leaves))
     return {"GROUPS": groups, "RUNS": runs, "TILE": 8 // runs, "CHUNK": chunk, "ONE_CHUNK": leaves <= chunk,
-            "SLOTS_PAD": triton.next_power_of_2(shared["SLOTS"]), **shared}
+            "SLOTS_PAD": power_of_two(shared["SLOTS"]), **shared}
 
 
 @triton.jit

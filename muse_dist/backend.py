@@ -39,22 +39,26 @@ def backend_for(config: MuseConfig, q: Tensor) -> str:
 
 def triton_problem(config: MuseConfig, q: Tensor) -> str | None:
     """Why backend="triton" cannot run for queries [..., D], with the fix; None if it can."""
+    return _triton_problem(config, q.device, q.dtype, q.shape[-1])
+
+
+@functools.lru_cache(maxsize=256)  # asked many times a call, and on a GPU host time counts
+def _triton_problem(config: MuseConfig, device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "backend='triton': triton is not installed; `pip install triton`, or take backend='torch'"
-    if q.is_cuda:
-        if torch.cuda.get_device_capability(q.device) < (8, 0):
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):
             return "backend='triton': needs an Ampere GPU or a newer one; take backend='torch'"
     elif not interpreted():
-        return f"backend='triton': does not run on {q.device.type}; move the tensors to a GPU or take backend='torch'"
-    if q.dtype not in DTYPES:
-        return f"backend='triton': does not compute in {q.dtype}; cast to bfloat16, float16 or float32, or take 'torch'"
-    dim = q.shape[-1]
+        return f"backend='triton': does not run on {device.type}; move the tensors to a GPU or take backend='torch'"
+    if dtype not in DTYPES:
+        return f"backend='triton': does not compute in {dtype}; cast to bfloat16, float16 or float32, or take 'torch'"
     if dim > MOST_DIM:
         return f"backend='triton': takes head dims up to {MOST_DIM}, not {dim}; take backend='torch'"
-    most = largest_leaf(dim, q.dtype)
+    most = largest_leaf(dim, dtype)
     for name in ("leaf", "remote_leaf"):
         if padded(getattr(config, name)) > most:
-            return (f"backend='triton': {name}={getattr(config, name)} with head dim {dim} in {q.dtype} does not fit "
+            return (f"backend='triton': {name}={getattr(config, name)} with head dim {dim} in {dtype} does not fit "
                     f"on the chip; take at most {most}, or backend='torch'")
     return None
 

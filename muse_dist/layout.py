@@ -39,10 +39,12 @@ def near_pairs(queries: Sequence[int], keys: Sequence[int], config: MuseConfig) 
     """Near pairs among blocks given by their places in the sequence.
 
     Returns:
-        (index in `queries`, index in `keys`, whether the pair is the causal diagonal) a pair, in order.
+        (index in `queries`, index in `keys`, whether the pair is the causal diagonal) a pair, by query and place.
     """
-    return [(i, j, config.causal and query == key)
-            for i, query in enumerate(queries) for j, key in enumerate(keys) if is_near(query, key, config)]
+    place = {key: j for j, key in enumerate(keys)}
+    near = range(-config.halo, 1 if config.causal else config.halo + 1)
+    return [(i, place[query + step], config.causal and step == 0)
+            for i, query in enumerate(queries) for step in near if query + step in place]
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,9 @@ def far_slabs(
     result = []
     for rows in _slabs(len(query_blocks), bound // max(1, block_bytes)):
         here = query_blocks[rows]
-        count = max((place + 1 for place, j in enumerate(key_blocks) if any(is_far(i, j, config) for i in here)),
-                    default=0)
+        first, last = min(here), max(here)  # a block that is far from any of them is far from one of these two
+        count = max((place + 1 for place, j in enumerate(key_blocks)
+                     if is_far(last, j, config) or is_far(first, j, config)), default=0)
         if count:
             result.append(FarSlab(rows, count * per_block, here, key_blocks[:count], config.halo, config.causal))
     return result

@@ -210,26 +210,26 @@ def test_what_the_kernels_cannot_run_is_refused():
 
 
 def test_a_long_near_field_is_a_few_runs():
-    assert find_runs(near_pairs(50, 1, True), 8, 400, 400) == [Run(0, 0, 50, True, 8, 8), Run(1, 0, 49, False, 8, 8)]
-    assert len(find_runs(near_pairs(50, 2, True), 8, 400, 400)) == 3
-    assert len(find_runs(near_pairs(50, 2, False), 8, 400, 400)) == 5
+    assert find_runs(tuple(near_pairs(50, 1, True)), 8, 400, 400) == [Run(0, 0, 50, True, 8, 8), Run(1, 0, 49, False, 8, 8)]
+    assert len(find_runs(tuple(near_pairs(50, 2, True)), 8, 400, 400)) == 3
+    assert len(find_runs(tuple(near_pairs(50, 2, False)), 8, 400, 400)) == 5
 
 
 def test_a_short_block_is_a_run_of_its_own():
-    assert find_runs(near_pairs(3, 1, True), 8, 19, 19) == [
+    assert find_runs(tuple(near_pairs(3, 1, True)), 8, 19, 19) == [
         Run(0, 0, 2, True, 8, 8), Run(1, 0, 1, False, 8, 8), Run(2, 1, 1, False, 3, 8), Run(2, 2, 1, True, 3, 3)]
 
 
 def test_runs_of_two_chunks_of_one_rank_that_are_apart():
     within = [(i, j, i == j) for i, j in [(0, 0), (1, 0), (1, 1), (2, 2), (3, 2), (3, 3)]]
-    assert find_runs(within, 4, 16, 16) == [
+    assert find_runs(tuple(within), 4, 16, 16) == [
         Run(0, 0, 4, True, 4, 4), Run(1, 0, 1, False, 4, 4), Run(3, 2, 1, False, 4, 4)]
 
 
 @pytest.mark.parametrize("queries, keys, halo, causal", [(37, 37, 1, True), (40, 40, 3, False), (64, 64, 2, True)])
 def test_runs_are_the_pairs(queries, keys, halo, causal):
     pairs = near_pairs(-(-queries // 8), halo, causal)
-    runs = find_runs(pairs[::-1], 8, queries, keys)
+    runs = find_runs(tuple(pairs[::-1]), 8, queries, keys)
     found = [(run.query + n, run.key + n, run.diagonal) for run in runs for n in range(run.blocks)]
     assert sorted(found) == sorted(pairs)
     for run in runs:
