@@ -88,7 +88,7 @@ def backward(
 
 
 def _messages(tensors: Sequence[Tensor]) -> list[Message]:
-    return [Message(*pair) for pair in zip(tensors[::2], tensors[1::2])]
+    return [Message(*three) for three in zip(tensors[::3], tensors[1::3], tensors[2::3])]
 
 
 def _specs(s: Shard, k: Tensor, pairs: int) -> list[tuple[tuple[int, ...], torch.dtype]]:

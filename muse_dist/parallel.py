@@ -83,5 +83,5 @@ def _unflatten(tensors: list[Tensor]) -> exchange_kv.Saved | exchange_moments.Sa
     plan = Plan(*tensors[:4])
     if len(tensors) == 4:
         return exchange_kv.Saved(plan)
-    messages = [Message(*pair) for pair in zip(tensors[9::2], tensors[10::2])]
+    messages = [Message(*three) for three in zip(tensors[9::3], tensors[10::3], tensors[11::3])]
     return exchange_moments.Saved(plan, ChunkAnchors(*tensors[4:6]), tensors[6], (tensors[7], tensors[8]), messages)

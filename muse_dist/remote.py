@@ -67,23 +67,25 @@ def remote_valid(chunk: int, layout: Layout, config: MuseConfig, device: torch.d
 
 
 class Message(NamedTuple):
-    """Moments of one chunk about the anchors of another, as they travel: sums in the inputs' dtype, masses not."""
+    """Moments of one chunk about the anchors of another, as they travel: means in the inputs' dtype, the rest not.
 
-    mass: Tensor  # [B, K, Q, J] fp32 or fp64
-    rest: Tensor  # [B, K, Q, J, 2D + trace] key, value and trace in the inputs' dtype
+    The trace of keys of a few hundred would overflow in fp16, and a rounded mass would shift a whole leaf.
+    """
+
+    mass: Tensor  # [B, K, Q, J, 1 + trace] fp32 or fp64: the mass and, if there is one, the trace
+    key: Tensor  # [B, K, Q, J, D] in the inputs' dtype
+    value: Tensor  # [B, K, Q, J, D]
 
 
 def to_message(leaf: Moments, dtype: torch.dtype, trace: bool) -> Message:
-    columns = [leaf.key, leaf.value] + ([leaf.trace[..., None]] if trace else [])
-    return Message(leaf.mass, torch.cat(columns, -1).to(dtype))
+    sums = torch.stack([leaf.mass, leaf.trace], -1) if trace else leaf.mass[..., None]
+    return Message(sums, leaf.key.to(dtype), leaf.value.to(dtype))
 
 
 def from_message(message: Message, dtype: torch.dtype) -> Moments:
-    """The moments of a message: means in the working dtype, the trace in the dtype of the masses."""
-    rest = message.rest.to(dtype)
-    dim = rest.shape[-1] // 2
-    trace = message.rest[..., 2 * dim].to(message.mass.dtype) if rest.shape[-1] % 2 else torch.zeros_like(message.mass)
-    return Moments(message.mass, rest[..., :dim], rest[..., dim:2 * dim], trace)
+    """The moments of a message, its means in the working dtype."""
+    mass, *trace = message.mass.unbind(-1)
+    return Moments(mass, message.key.to(dtype), message.value.to(dtype), *(trace or [torch.zeros_like(mass)]))
 
 
 def message_specs(shape: Sequence[int], dtype: torch.dtype, mass: torch.dtype, config: MuseConfig,
@@ -91,7 +93,7 @@ def message_specs(shape: Sequence[int], dtype: torch.dtype, mass: torch.dtype, c
     """Shapes and dtypes of one `Message` for keys of shape [B, K, S, D]."""
     batch, heads, _, dim = shape
     lead = (batch, heads, config.remote_anchors, layout.chunk_blocks * config.block // config.remote_leaf)
-    return [(lead, mass), ((*lead, 2 * dim + config.trace), dtype)]
+    return [((*lead, 1 + config.trace), mass), ((*lead, dim), dtype), ((*lead, dim), dtype)]
 
 
 def remote_leaves(messages: Sequence[Message], chunks: Sequence[int], layout: Layout,

@@ -4,11 +4,14 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from muse_dist import muse_attention
 from muse_dist.comm import Pending
+from muse_dist.emulation import emulate_ranks
 from tests.brute import assert_close, error
 from tests.ranks import run_ranks
-from tests.sharded import Case, joined, small
+from tests.sharded import Case, join, joined, small
 
 LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 MODES = pytest.mark.parametrize("exchange", ["moments", "kv"])
@@ -133,3 +136,18 @@ def test_half_precision(exchange):
         got, want = joined([x[i] for x in found], case.layout), case.reference(3)
         assert all(x.dtype == case.dtype for x in got)
         assert_close(got, want, 0.1 if case.dtype == torch.bfloat16 else 0.02)
+
+
+def large_keys(case):
+    """A forward with keys of several hundred, whose squares fp16 cannot hold."""
+    q, k, v, _ = case.shard()
+    return muse_attention(q / 300, 300 * k, v, config=case.config, group=dist.group.WORLD, layout=case.layout)
+
+
+def test_variances_that_half_precision_cannot_hold_travel():
+    case = Case(small(), 64, dtype=torch.float16, dim=8)
+    q, k, v, _ = case.inputs()
+    want = emulate_ranks(q / 300, 300 * k, v, config=case.config, ranks=2)
+    assert (300 * k).float().square().amax() > torch.finfo(torch.float16).max
+    # Keys and values are rounded on the way: some of them at 1000, where a rounding moves a logit by about 1e-3.
+    assert error(join(run_ranks(2, large_keys, case), case.layout), want) <= 5 * torch.finfo(torch.float16).eps

@@ -21,7 +21,7 @@ def test_exact_attention_by_hand():
 def test_moments_by_hand():
     """Two contiguous ranks: the second receives one message, a halo block and the sinks; the first their gradients."""
     config = MuseConfig(block=4096, halo=1, leaf=64, sinks=1, remote_leaf=32, remote_anchors=1)
-    message = 8 * (32768 // 32) * (4 + 2 * 257)  # a log mass in fp32, 2D + 1 numbers in bf16
+    message = 8 * (32768 // 32) * (2 * 4 + 2 * 256)  # a log mass and a trace in fp32, 2D numbers in bf16
     exact = 2 * 8 * (4096 + 64) * 128 * 2
     anchors = 8 * 128 * 2
     first, second = (traffic(config, SHAPE, 2, layout="contiguous", rank=rank).moments for rank in (0, 1))
