@@ -79,8 +79,11 @@ def near_field_backward(
         q, k, v, scale, pairs, block, exact: as in `near_field`.
     """
     check_kernel_inputs(q.shape[-1], 1, q=q, k=k, v=v, out=out, dout=dout)
-    found = [_near_field_backward(*(x[:, some] for x in (dout, q, k, v, out, lse)), scale, pairs, block, exact)
-             for some in _together(q, k)]
+    found = []
+    for some in _together(q, k):
+        d_part, q_part, k_part, v_part, out_part, lse_part = (x[:, some] for x in (dout, q, k, v, out, lse))
+        found.append(_near_field_backward(
+            d_part, q_part, k_part, v_part, out_part, lse_part, scale, pairs, block, exact))
     return found[0] if len(found) == 1 else tuple(torch.cat(x, 1) for x in zip(*found))  # type: ignore[return-value]
 
 

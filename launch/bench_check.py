@@ -76,9 +76,9 @@ def check_muse(config: MuseConfig, problem: Problem) -> Check:
 def check_muse_ranks(config: MuseConfig, problem: Problem) -> Check:
     """Of MuSe over ranks, against one process that emulates them in fp64, with `config` scaled down.
 
-    In fp64 the exchanges must give the same numbers. In the timed dtype and backend "kv" must give those of one device
-    in that dtype and backend, up to what exact attention's may differ. "moments" have no such twin: they may differ from
-    fp64 by a quarter of MuSe's own error more, since rounding can move a key into another cluster.
+    In fp64 the exchanges must give the same numbers. In the timed dtype and backend "kv" must give those of one
+    device, up to what exact attention's may differ. "moments" have no such twin: they may differ from fp64 by a quarter
+    of MuSe's own error more, since rounding can move a key into another cluster.
     """
     ranks, small = problem.ranks, scaled(config)
     tensors = _inputs(problem, 4 * ranks.size * small.block)

@@ -98,8 +98,8 @@ def _capture(model: LlamaForCausalLM, layers: Sequence[int]) -> Iterator[dict[in
             # Autocast, which is over when the probe computes, leaves q, k and v in different dtypes.
             kind = query.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-            given = (x[:1].to(dtype) for x in (query, key, value))
-            found[module.layer_idx] = Captured(*given, query.shape[-1] ** -0.5 if scale is None else scale)
+            q, k, v = (x[:1].to(dtype) for x in (query, key, value))
+            found[module.layer_idx] = Captured(q, k, v, query.shape[-1] ** -0.5 if scale is None else scale)
         return inner(module, query, key, value, mask, **options)
 
     AttentionInterface.register("muse_probe", attention)

@@ -210,7 +210,8 @@ def test_what_the_kernels_cannot_run_is_refused():
 
 
 def test_a_long_near_field_is_a_few_runs():
-    assert find_runs(tuple(near_pairs(50, 1, True)), 8, 400, 400) == [Run(0, 0, 50, True, 8, 8), Run(1, 0, 49, False, 8, 8)]
+    assert find_runs(tuple(near_pairs(50, 1, True)), 8, 400, 400) == [
+        Run(0, 0, 50, True, 8, 8), Run(1, 0, 49, False, 8, 8)]
     assert len(find_runs(tuple(near_pairs(50, 2, True)), 8, 400, 400)) == 3
     assert len(find_runs(tuple(near_pairs(50, 2, False)), 8, 400, 400)) == 5
 
