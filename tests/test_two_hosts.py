@@ -118,7 +118,7 @@ def test_a_cut_ends_in_a_clear_error_and_mpirun_goes_on_where_torchrun_was(case,
         command = ["env", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1", "launch/mpirun.sh", "-np", 2,
                    "--host", "host0:1,host1:1", "--prtemca", "plm_ssh_agent", agent, "python", "-m", "launch.mpi"]
         mpirun = hosts.start(0, [*command, *case.train], case.folder / "mpirun")
-        assert finish(case, [mpirun], ["mpirun"], 120) == [0], case.said("mpirun")
+        assert finish(case, [mpirun], ["mpirun"], 200) == [0], case.said("mpirun")
     assert "on 2 x cpu" in case.said("mpirun") and "going on after step" in case.said("mpirun")
     assert case.losses() == undisturbed, "no step was lost or repeated"
 
@@ -133,6 +133,6 @@ def test_elastic_ranks_start_again_by_themselves_when_the_link_is_back(case, und
         wait_until(lambda: all("no progress for 8 s in step" in case.said(name) for name in names), 60,
                    lambda: "an error on both hosts")
         hosts.plug()
-        assert finish(case, processes, names, 120) == [0, 0], "\n".join(map(case.said, names))
+        assert finish(case, processes, names, 200) == [0, 0], "\n".join(map(case.said, names))
     assert "going on after step" in "".join(map(case.said, names))
     assert case.losses() == undisturbed

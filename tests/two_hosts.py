@@ -45,6 +45,7 @@ class TwoHosts:
             _ip("-n", name, "address", "add", f"{self.addresses[i]}/24", "dev", f"cable{i}")
             for device in ("lo", f"cable{i}"):
                 _ip("-n", name, "link", "set", device, "up")
+        self._wait_for_link()
         return self
 
     def __exit__(self, *_):
@@ -65,6 +66,16 @@ class TwoHosts:
     def plug(self):
         """The cable is back."""
         _ip("-n", self.names[0], "link", "set", "cable0", "up")
+        self._wait_for_link()
+        for i, name in enumerate(self.names):  # a search for the other host that began without a link still fails
+            _ip("-n", name, "neighbour", "flush", "dev", f"cable{i}")
+
+    def _wait_for_link(self):
+        """The kernel takes a moment to see that both ends are up; until then programs leave the device out."""
+        def up():
+            return all("state UP" in _ip("-n", name, "link", "show", f"cable{i}") for i, name in enumerate(self.names))
+
+        wait_until(up, 10, lambda: "the link")
 
     def enter(self, host):
         """The command line before one that is to run on a host, with a host name and a table of names of its own.
@@ -96,4 +107,5 @@ def wait_until(done, seconds, what):
 
 
 def _ip(*arguments):
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+    """What the program `ip` prints."""
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
