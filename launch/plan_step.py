@@ -86,8 +86,8 @@ class Step:
 def scaling_step(row: Mapping[str, Any]) -> Step:
     """The step that a row of launch.scaling measured."""
     settings = row["config"]
-    config = RunConfig("row", ModelConfig(**{**settings["model"], "vocabulary": row["vocabulary"]}),
-                       TrainConfig(**settings["train"]), DataConfig(**settings["data"]),
+    config = RunConfig("row", model=ModelConfig(**{**settings["model"], "vocabulary": row["vocabulary"]}),
+                       train=TrainConfig(**settings["train"]), data=DataConfig(**settings["data"]),
                        muse=MuseConfig(**settings["muse"]))
     setup = setup_of(config, row["ranks"], exact=row["attention"] == "exact")
     return Step(setup, row["seconds"], row["memory_bytes"], "torch")

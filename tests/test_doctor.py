@@ -26,7 +26,8 @@ from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
 MUSE = MuseConfig(block=64, leaf=16, group=16, anchors=2, remote_leaf=16, opened=2)
-CONFIG = RunConfig("run", ModelConfig(vocabulary=300), TrainConfig(steps=10), DataConfig(context=1024), muse=MUSE)
+CONFIG = RunConfig("run", model=ModelConfig(vocabulary=300), train=TrainConfig(steps=10),
+                   data=DataConfig(context=1024), muse=MUSE)
 ONE = Ranks(0, 1, torch.device("cpu"), "zigzag")
 HOSTS = ["a", "a", "b", "b"]
 

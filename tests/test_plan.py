@@ -127,7 +127,7 @@ def test_products_of_a_pair_are_those_of_the_reference():
 
 
 def small_model():
-    config = RunConfig("small", MODEL, data=DataConfig(context=128), muse=SMALL)
+    config = RunConfig("small", model=MODEL, data=DataConfig(context=128), muse=SMALL)
     return build_model(config, torch.device("cpu"))
 
 
@@ -157,7 +157,7 @@ def test_bytes_kept_by_a_layer_are_those_autograd_keeps(model):
     kept = []
     for layers in (1, 2):
         shaped = replace(model, layers=layers)
-        config = RunConfig("small", shaped, data=DataConfig(context=512), muse=SMALL)
+        config = RunConfig("small", model=shaped, data=DataConfig(context=512), muse=SMALL)
         llama = build_model(config, torch.device("cpu"))
         llama.set_attn_implementation("sdpa")
         weights = {p.shape for p in llama.parameters()} | {p.mT.shape for p in llama.parameters() if p.dim() == 2}
