@@ -299,6 +299,7 @@ def test_error_of_rows_held_out_is_what_they_scatter(tmp_path):
         assert 0.0 < np.abs(found).max() < 0.12
     text = plan.calibration_text(H200, read_rows([path], "H200"), 64)
     assert "fitted to 40 layers" in text and "held out: median" in text
+    assert "no exchange was measured: the links' speeds are assumed" in text and "no step was" not in text
     assert "none has this model's head dim of 128" in plan.calibration_text(H200, read_rows([path], "H200"), 128)
 
 
