@@ -95,8 +95,9 @@ def calibration_text(machine: Machine, rows: Rows, dim: int) -> str:
         f"; none has this model's head dim of {dim}, so those of {sorted({x.case.dim for x in rows.layers})} stand in")
     lines = [f"{machine.name}: fitted to {len(rows.layers)} layers, {len(rows.exchanges)} exchanges and "
              f"{len(rows.steps)} steps that were measured{others}"]
-    for name, there, assumed in (("layer", rows.layers, "the attention's speeds"), ("step", rows.steps, "all speeds but "
-                                 "the attention's"), ("exchange", rows.exchanges, "the links' speeds")):
+    for name, there, assumed in (("layer", rows.layers, "the attention's speeds"),
+                                 ("step", rows.steps, "all speeds but the attention's"),
+                                 ("exchange", rows.exchanges, "the links' speeds")):
         if not there:
             lines.append(f"  no {name} was measured: {assumed} are assumed, and may be wrong by a factor")
     for kind, errors in held_out_errors(machine, rows).items():
