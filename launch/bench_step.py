@@ -45,7 +45,10 @@ def add_command(commands: Any) -> None:
                          help="activation checkpointing of every layer")
     command.add_argument("--warmup", type=int, default=2, help="steps that are not timed (default: %(default)s)")
     command.add_argument("--steps", type=int, default=5, help="timed steps; the median counts (default: %(default)s)")
-    command.add_argument("--limit", type=float, default=600.0, metavar="SECONDS", help="for one attention")
+    command.add_argument("--seconds", type=float, metavar="N", help="begin no further timed step once the processes of "
+                         "an attention have run so long; one is timed at least (default: all)")
+    command.add_argument("--limit", type=float, default=600.0, metavar="SECONDS",
+                         help="for one attention, after which it is ended without a measurement (default: %(default)s)")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument("--json", type=Path, metavar="FILE", help="append a JSON line a row to this file")
     command.set_defaults(run=run)
@@ -78,7 +81,7 @@ def make_job(options: argparse.Namespace, attention: str, ranks: int, device: st
         changes["data.context"] = options.tokens
     return {"attention": attention, "ranks": ranks, "device": device, "config": str(options.config), "changes": changes,
             "timeout_seconds": options.limit / 2, "stage": options.stage, "recompute": options.recompute,
-            "warmup": options.warmup, "steps": options.steps}
+            "warmup": options.warmup, "steps": options.steps, "seconds_at_most": options.seconds}
 
 
 def run_config(job: dict[str, Any]) -> RunConfig:

@@ -10,6 +10,10 @@
 # FOLDER is the run's; the program leaves a file `finished` there when all its steps are done, as
 # launch/deepspeed_example.py does. deepspeed itself exits with 0 even where its ranks were lost with a node.
 set -u
+if [ "$#" -lt 2 ]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
 folder=$1
 shift
 rm -f "$folder/finished"

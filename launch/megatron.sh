@@ -9,6 +9,10 @@
 #   Two nodes:    launch/megatron.sh launch/torchrun.sh 2 8 node1 -- ../Megatron-LM $data      (on each of them)
 #   Slurm:        launch/megatron.sh sbatch --nodes=2 launch/slurm.sh -- ../Megatron-LM $data
 #
+# To go on after a stop, give every start the same folder, which all nodes see, and an interval in steps:
+#   --save runs/a --load runs/a --save-interval 500
+# SIGTERM (Slurm's before preemption and the end of the time) then saves, too.
+#
 # All options of MuSe: python -m muse_dist.megatron_patch --help
 set -eu
 launcher=()
@@ -37,18 +41,24 @@ parallel=(
     --calculate-per-token-loss              # ranks with unequal numbers of tokens that count are weighed right
 )
 model=(                                     # about 350 million parameters
-    --num-layers 24 --hidden-size 1024 --num-attention-heads 16
-    --seq-length 65536 --max-position-embeddings 65536
-    --position-embedding-type rope --rotary-base 500000
-    --normalization RMSNorm --disable-bias-linear --swiglu --ffn-hidden-size 2816 --hidden-dropout 0
+    --num-layers 24 --hidden-size 1024 --num-attention-heads 16  # heads of 64
+    --seq-length 65536 --max-position-embeddings 65536  # tokens of a sequence, on all ranks together; not less
+    --position-embedding-type rope --rotary-base 500000  # a slow rotation, for tokens that are far apart
+    --normalization RMSNorm --disable-bias-linear --hidden-dropout 0  # as Llama has it
+    --swiglu --ffn-hidden-size 2816         # the MLP, as Llama's
 )
 training=(
-    --bf16 --micro-batch-size 1 --global-batch-size 8 --train-iters 1000
-    --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-fraction 0.05 --weight-decay 0.1 --clip-grad 1.0
-    --adam-beta2 0.95 --eval-iters 1 --log-interval 1
+    --bf16                                  # weights and activations; the optimizer keeps fp32
+    --micro-batch-size 1                    # sequences that ranks which share them read at once
+    --global-batch-size 8 --train-iters 1000  # sequences a step, and steps
+    --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-fraction 0.05  # the rate, its end and its course
+    --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95  # the optimizer's usual settings
+    --eval-iters 1 --log-interval 1         # batches an evaluation reads; steps between lines of the log
+    --exit-signal-handler                   # SIGTERM ends the run after the step, and saves with --save
 )
 plain=(                                     # what needs neither Transformer Engine nor apex; with them, replace the
     --transformer-impl local                # first by --transformer-impl transformer_engine
+    # kernels of apex's and Transformer Engine's; leave these out where they are installed
     --no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion --no-masked-softmax-fusion
 )
 

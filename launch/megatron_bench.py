@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from muse_dist.layout import Layout
 from muse_dist.megatron_patch.options import Choice, add_options, read_options
 
 Batch = tuple[Tensor, Tensor, Tensor]
+WARMUP = 2  # steps that compile kernels and are not in the median
 
 
 def transformer_config(options: argparse.Namespace, **changes: Any) -> Any:
@@ -83,7 +85,8 @@ def build_optimizer(model: Any, options: argparse.Namespace) -> tuple[Any, Any]:
 
     optimizer = get_megatron_optimizer(OptimizerConfig(
         optimizer="adam", lr=options.lr, min_lr=options.lr / 10, weight_decay=0.1, adam_beta2=0.95, clip_grad=1.0,
-        bf16=not options.fp32, params_dtype=torch.float32 if options.fp32 else torch.bfloat16), [model])
+        bf16=not options.fp32, params_dtype=torch.float32 if options.fp32 else torch.bfloat16), [model],
+        use_gloo_process_groups=False)  # of which only checkpoints of a distributed optimizer make use
     schedule = OptimizerParamScheduler(
         optimizer, init_lr=0.0, max_lr=options.lr, min_lr=options.lr / 10,
         lr_warmup_steps=max(1, options.steps // 10), lr_decay_steps=max(2, options.steps), lr_decay_style="cosine",
@@ -120,10 +123,14 @@ def _summed_loss(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 def train(options: argparse.Namespace, choice: Choice | None) -> dict[str, Any]:
-    """Train, and return what was measured: loss and gradient norm of every step, seconds, bytes at the peak."""
+    """Train, and return what was measured: loss and gradient norm of every step, seconds, bytes at the peak.
+
+    All `options.steps`, or as many as `options.seconds` allow, but at least the first two and one that counts.
+    """
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    begun = time.perf_counter()
     tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
     torch.manual_seed(options.seed)
     corpus = load_corpus(DataConfig(path=options.data, context=options.tokens))
@@ -145,11 +152,16 @@ def train(options: argparse.Namespace, choice: Choice | None) -> dict[str, Any]:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         total = torch.stack([part["loss"] for part in parts]).sum(0)
+        # Ranks must stop after the same step: all of them once one is late.
+        late = options.seconds is not None and time.perf_counter() - begun > options.seconds
+        total = torch.cat([total, total.new_tensor([late])])
         dist.all_reduce(total, group=group)
         losses.append((total[0] / total[1]).item())
         norms.append(float(norm))
         if options.verbose and dist.get_rank() == 0:
             print(f"step {len(losses)}: loss {losses[-1]:.4f}, norm {norms[-1]:.3f}, {seconds[-1]:.3f} s", flush=True)
+        if total[2] > 0 and len(losses) > WARMUP:
+            break
     return {"loss": losses, "grad_norm": norms, "seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated(),
             "parameters": sum(p.numel() for p in model.parameters())}
 
@@ -161,24 +173,25 @@ def main(arguments: list[str] | None = None) -> None:
     options = add_options(_add_sizes(parser)).parse_args(arguments)
     try:
         choice = read_options(options)
+        if not torch.cuda.is_available():
+            raise ValueError("megatron-core trains on GPUs only, and there is none")
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("start it with torchrun --standalone --nproc-per-node 1 -m launch.megatron_bench")
+        world = int(os.environ["WORLD_SIZE"])
+        options.context_parallel = options.context_parallel or world
+        check_sizes(options, world, choice)
     except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
-    if not torch.cuda.is_available():
-        parser.error("megatron-core trains on GPUs only, and there is none")
     from megatron.core import parallel_state
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl")
-    try:
-        world = dist.get_world_size()
-        options.context_parallel = options.context_parallel or world
-        check_sizes(options, world)
-        parallel_state.initialize_model_parallel(context_parallel_size=options.context_parallel)
-        row = describe(options, choice, world) | train(options, choice)
-    except (TypeError, ValueError) as error:
-        parser.error(str(error))
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("nccl", timeout=timedelta(minutes=options.timeout_minutes))
+    parallel_state.initialize_model_parallel(
+        context_parallel_size=options.context_parallel, distributed_timeout_minutes=options.timeout_minutes,
+        create_gloo_process_groups=False)
+    row = describe(options, choice, world) | train(options, choice)
+    # After an error the groups are left as they are: ending them would wait for ranks that wait for this one.
+    dist.destroy_process_group()
     if int(os.environ["RANK"]) == 0:
         print(summary(row))
         if options.json is not None:
@@ -195,6 +208,10 @@ def _add_sizes(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         ("steps", 50, "to train"), ("seed", 0, "of weights and data"),
     ):
         group.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{text} (default: {value})")
+    group.add_argument("--seconds", type=float, metavar="N", help="begin no further step once building and training "
+                       "have taken so long; at least three are done (default: all steps)")
+    group.add_argument("--timeout-minutes", type=int, default=3, metavar="N", help="a rank that waits so long for "
+                       "another gives up (default: %(default)s)")
     group.add_argument("--context-parallel", type=int, metavar="N", help="ranks that share a sequence (default: all)")
     group.add_argument("--data", default="", metavar="FOLDER", help="text to train on, written by launch.data "
                        "(default: the Python standard library)")
@@ -207,17 +224,22 @@ def _add_sizes(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def check_sizes(options: argparse.Namespace, world: int) -> None:
+def check_sizes(options: argparse.Namespace, world: int, choice: Choice | None) -> None:
     """Raise ValueError that names the option for sizes that do not divide."""
     ranks = options.context_parallel
-    if world % ranks:
+    if ranks < 1 or world % ranks:
         raise ValueError(f"--context-parallel {ranks} must divide the {world} processes")
     if options.batch % (world // ranks):
         raise ValueError(f"--batch {options.batch} must be a multiple of the {world // ranks} groups of ranks that "
                          "read different sequences")
-    if options.steps < 1 or options.batch < 1:
-        raise ValueError("--steps and --batch must be at least 1")
-    Layout("zigzag", ranks, options.tokens, 1)
+    for name in ("steps", "batch", "timeout_minutes"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    if ranks > 1:
+        try:
+            Layout("zigzag", ranks, options.tokens, 1 if choice is None else choice.config.block)
+        except ValueError as error:
+            raise ValueError(str(error).replace("q: ", "--tokens: ")) from error
 
 
 def describe(options: argparse.Namespace, choice: Choice | None, world: int) -> dict[str, Any]:
@@ -232,10 +254,11 @@ def describe(options: argparse.Namespace, choice: Choice | None, world: int) -> 
 
 
 def summary(row: dict[str, Any]) -> str:
-    """A row in words. The first two steps, which compile kernels, are not in the median."""
-    seconds = statistics.median(row["seconds"][2:] or row["seconds"])
+    """A row in words. The first steps, which compile kernels, are not in the median."""
+    seconds = statistics.median(row["seconds"][WARMUP:] or row["seconds"])
     return (f"{row['attention']}: {row['parameters'] / 1e6:.0f}M parameters, {row['tokens']} tokens on "
-            f"{row['context_parallel']} of {row['ranks']} ranks: {seconds:.3f} s a step, "
+            f"{row['context_parallel']} of {row['ranks']} ranks: {seconds:.3f} s a step "
+            f"(median of {len(row['seconds'][WARMUP:]) or len(row['seconds'])}), "
             f"{row['peak_bytes'] / 2**30:.1f} GiB at the peak, loss {row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}")
 
 

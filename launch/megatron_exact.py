@@ -34,7 +34,9 @@ class ExactCoreAttention(MegatronModule):
             key, value = (gather_from_sequence_parallel_region(x.contiguous(), group=self.group)[order]
                           for x in (key, value))
         q = query.permute(1, 2, 0, 3)
-        k, v = (x.permute(1, 2, 0, 3).repeat_interleave(copies, dim=1) for x in (key, value))
+        k, v = (x.permute(1, 2, 0, 3) for x in (key, value))
+        if copies > 1:
+            k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
         parts = []
         for chunk, part in zip(self._chunks(ranks), q.chunk(2 if ranks > 1 else 1, dim=2)):
             seen = (chunk + 1) * part.shape[2]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from launch.bench_step import EXACT, deepspeed_config, run_config
@@ -24,6 +25,7 @@ from muse_dist.deepspeed import initialize, running
 
 def main() -> None:
     """The command: `step_row JOB FILE`, a job of `bench_step.make_job` and the file for what the first rank found."""
+    begun = time.perf_counter()
     job, file = json.loads(sys.argv[1]), Path(sys.argv[2])
     if job["device"] == "cpu":
         torch.set_num_threads(1)
@@ -34,7 +36,7 @@ def main() -> None:
         recompute_activations(model)
     engine, *_ = initialize(model, deepspeed_config(job))
     with running(engine), rival(engine, job):
-        found = time_steps(engine, job)
+        found = time_steps(engine, job, begun)
         if engine.muse.ranks.everyone.rank() == 0:
             file.write_text(json.dumps(found))
 
@@ -51,9 +53,17 @@ def rival(engine: Any, job: dict[str, Any]) -> Iterator[None]:
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, lambda **options: None)  # causal, and no N x N mask
     engine.module.set_attn_implementation(name)
-    if name == "ulysses":
-        yield
-        return
+    # cuDNN's kernels are the fastest on Hopper, and not what PyTorch prefers in every version.
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        if name == "ulysses":
+            yield
+            return
+        with _torch_context_parallel(engine, job):
+            yield
+
+
+@contextmanager
+def _torch_context_parallel(engine: Any, job: dict[str, Any]) -> Iterator[None]:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.experimental import context_parallel
 
@@ -81,11 +91,16 @@ def _ulysses(engine: Any, exact: Callable[..., Any]) -> Callable[..., Any]:
     return attention
 
 
-def time_steps(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of every timed step, and what follows from them; memory is the largest of all ranks."""
+def time_steps(engine: Any, job: dict[str, Any], begun: float) -> dict[str, Any]:
+    """Seconds of every timed step, and what follows from them; memory is the largest of all ranks.
+
+    `begun` is when this process started, for `seconds_at_most` of the job.
+    """
     words, count = engine.module.config.vocab_size, run_config(job).data.context
     seconds, losses = [], []
     for step in range(job["warmup"] + job["steps"]):
+        if step > job["warmup"] and _late(engine, job, begun):
+            break
         tokens = torch.randint(words, (1, count), generator=torch.Generator().manual_seed(step))
         start = _now(engine)
         inputs, labels = engine.muse.shard(tokens)
@@ -111,6 +126,15 @@ def _memory(engine: Any, job: dict[str, Any]) -> float | None:
     each = torch.zeros(job["ranks"], dtype=torch.float64, device=ranks.device)
     each[ranks.context_rank] = torch.cuda.max_memory_allocated()  # the sum over ranks then holds every rank's
     return ranks.sum(each).max().item() / 2 ** 30
+
+
+def _late(engine: Any, job: dict[str, Any], begun: float) -> bool:
+    """Whether the time is over on any rank: all of them must stop at the same step."""
+    most = job["seconds_at_most"]
+    if most is None:
+        return False
+    late = torch.tensor(float(time.perf_counter() - begun > most), device=engine.muse.ranks.device)
+    return engine.muse.ranks.sum(late).item() > 0
 
 
 def _now(engine: Any) -> float:

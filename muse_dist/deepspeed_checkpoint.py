@@ -43,14 +43,13 @@ def load(engine: Any, folder: str | Path, tag: str | None = None) -> dict[str, A
         The `state` given to `save`, empty for a checkpoint of `engine.save_checkpoint`. None if there is no checkpoint
         in `folder` and none was asked for by `tag`.
     Raises:
-        ValueError: saved by another number of ranks. FileNotFoundError: no checkpoint `tag`.
+        ValueError: saved by another number of ranks; or the config asks for universal checkpoints, and the last one
+            in `folder` is not made universal. FileNotFoundError: no checkpoint `tag`.
     """
-    universal = engine.load_universal_checkpoint()
-    latest = Path(folder) / ("latest_universal" if universal else "latest")
     if tag is None:
-        if not latest.exists():
+        tag = _last(Path(folder), engine.load_universal_checkpoint())
+        if tag is None:
             return None
-        tag = latest.read_text().strip()
     if not (Path(folder) / tag).is_dir():
         raise FileNotFoundError(f"{folder} has no checkpoint {tag!r}")
     try:
@@ -68,6 +67,20 @@ def load(engine: Any, folder: str | Path, tag: str | None = None) -> dict[str, A
     if changed:
         LOG.warning("resumed %s/%s with other settings than it was saved with: %s", folder, tag, ", ".join(changed))
     return found["state"]
+
+
+def _last(folder: Path, universal: bool) -> str | None:
+    """The tag of the last checkpoint; None if there is none."""
+    last, converted = (file.read_text().strip() if (file := folder / name).exists() else None
+                       for name in ("latest", "latest_universal"))
+    if not universal:
+        return last
+    if last is not None and converted != f"{last}_universal":
+        # Left in the config after a resumption, the setting would throw away all steps since.
+        raise ValueError(f"the config says load_universal, but the last checkpoint in {folder}, {last}, is not "
+                         f"universal ({converted or 'none'} is): if as many ranks wrote it as there are here, take "
+                         "load_universal out of the config; otherwise run " + RESHARD.format(folder=folder, tag=last))
+    return converted
 
 
 def _described(engine: Any) -> dict[str, Any]:

@@ -1,18 +1,22 @@
 """launch.bench step: every attention is a row, with what it measured or why it could not."""
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed")
 
 from launch.bench import main
-from launch.bench_step import _last_error, measure, step_table
+from launch.bench_step import _last_error, add_command, make_job, measure, step_table
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--config", "configs/tiny.toml", "--tokens", "512", "--device", "cpu", "--warmup", "1", "--steps", "2"]
@@ -37,6 +41,24 @@ def test_rows_side_by_side_in_one_run(tmp_path):
     lines = found.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["attention", "moments", "ulysses", "torch-cp"]
     assert lines[2].endswith("1.00x") and "no attention for the CPU" in lines[3]
+
+
+@pytest.mark.parametrize("most, late_ranks, timed", [("1000", 0, 4), ("1000", 1, 1), ("0", 0, 1), (None, 1, 4)])
+def test_a_row_ends_when_its_time_is_over_on_any_rank(most, late_ranks, timed, monkeypatch):
+    from launch.step_row import time_steps
+
+    monkeypatch.chdir(ROOT)
+    parser = argparse.ArgumentParser()
+    add_command(parser.add_subparsers())
+    options = parser.parse_args(["step", *SMALL, "--steps", "4", *([] if most is None else ["--seconds", most])])
+    engine = mock.MagicMock()  # of a model that learns nothing
+    engine.module.config.vocab_size = 7
+    engine.muse.shard.return_value = {}, None
+    engine.muse.loss.return_value = torch.ones(())
+    engine.muse.ranks.device = torch.device("cpu")
+    engine.muse.ranks.sum = lambda x: x + late_ranks
+    found = time_steps(engine, make_job(options, "moments", 2, "cpu"), time.perf_counter())
+    assert len(found["seconds"]) == timed and len(found["losses"]) == 1 + timed
 
 
 @pytest.mark.parametrize("arguments, message", [

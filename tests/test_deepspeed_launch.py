@@ -90,6 +90,11 @@ def test_deepspeed_recipe_does_not_take_lost_ranks_for_success(tmp_path):
     assert process.returncode == 1
 
 
+def test_the_deepspeed_recipe_says_how_it_is_used():
+    found = subprocess.run([str(ROOT / "launch" / "deepspeed.sh"), "runs/a"], text=True, capture_output=True)
+    assert found.returncode == 2 and "launch/deepspeed.sh FOLDER [OPTION OF deepspeed]... PROGRAM" in found.stderr
+
+
 def test_stopping_the_deepspeed_recipe_stops_its_ranks(tmp_path):
     recipe = start([str(ROOT / "launch" / "deepspeed.sh"), str(tmp_path), "--num_gpus", "2", "--no_local_rank",
                     "--master_port", free_port(), PROGRAM, "sleep"])

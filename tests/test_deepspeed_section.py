@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,6 +102,26 @@ def test_a_missing_section_is_refused(values, message):
 def test_a_section_that_is_no_section_is_refused():
     with pytest.raises(TypeError, match="must be a section"):
         read_config({**REST, "muse": 2})
+
+
+def test_universal_checkpoints_must_be_the_last_ones(tmp_path):
+    from muse_dist.deepspeed_checkpoint import load
+
+    def universal(tag=None):
+        return load(SimpleNamespace(load_universal_checkpoint=lambda: True), tmp_path, tag)
+
+    assert universal() is None
+    (tmp_path / "latest").write_text("global_step8")
+    with pytest.raises(ValueError, match="global_step8, is not universal .none is.*ds_to_universal --input_folder"):
+        universal()
+    (tmp_path / "latest_universal").write_text("global_step4_universal")
+    with pytest.raises(ValueError, match="global_step4_universal is.*take load_universal out of the config"):
+        universal()
+    with pytest.raises(FileNotFoundError, match="global_step4_universal"):  # what is named is looked for
+        universal("global_step4_universal")
+    (tmp_path / "latest_universal").write_text("global_step8_universal")
+    with pytest.raises(FileNotFoundError, match="global_step8_universal"):
+        universal()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -200,6 +200,18 @@ def parse(*arguments):
     return read_options(add_options(argparse.ArgumentParser(allow_abbrev=False)).parse_args(arguments))
 
 
+def test_the_readme_shows_options_that_exist():
+    command = re.search(r"-m muse_dist.megatron_patch \S+ (.*?) \.\.\.$", (ROOT / "README.md").read_text(), re.M | re.S)
+    words = command[1].replace("\\\n", " ").split()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for name in ("--attention-dropout", "--context-parallel-size"):
+        parser.add_argument(name)
+    for name in ("--calculate-per-token-loss", "--no-create-attention-mask-in-dataloader"):
+        parser.add_argument(name, action="store_true")
+    choice = read_options(add_options(parser).parse_args(words))
+    assert choice == (MuseConfig.fast(), frozenset(range(2, 25)))
+
+
 def test_every_field_is_an_option_with_its_help():
     helped = " ".join(add_options(argparse.ArgumentParser()).format_help().split())
     values = {"block": 1024, "halo": 2, "leaf": 32, "group": 32, "anchors": 8, "remote_anchors": 2, "remote_leaf": 16,

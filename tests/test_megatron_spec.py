@@ -8,6 +8,7 @@ import torch
 
 from muse_dist import MuseConfig
 from muse_dist.attention import muse_attention
+from muse_dist.megatron_patch.options import Choice
 from tests.megatron_cpu import TOKENS, Case, build_gpt, cuda_as_cpu, transformer_config
 from tests.ranks import run_ranks
 
@@ -189,16 +190,17 @@ def bench(names):
     from megatron.core import parallel_state
 
     from launch.megatron_bench import train
-    from muse_dist.megatron_patch.options import Choice
 
     options = argparse.Namespace(
         tokens=256, layers=2, width=32, mlp=64, heads=4, kv_heads=2, batch=2, steps=3, seed=0, context_parallel=2,
-        lr=1e-2, recompute="full", fp32=True, verbose=False, data="")
+        lr=1e-2, recompute="full", fp32=True, verbose=False, data="", seconds=None)
     near = MuseConfig(block=16, leaf=4, group=8, anchors=2, remote_leaf=4, halo=15, exchange="kv")
     choices = {"exact": None, "near": Choice(near, None), "muse": Choice(CONFIG, None)}
     with cuda_as_cpu():
         parallel_state.initialize_model_parallel(context_parallel_size=2)
-        return {name: train(options, choices[name]) for name in names}
+        found = {name: train(options, choices[name]) for name in names}
+        options.steps, options.seconds = 5, 0.0 if torch.distributed.get_rank() else 1000.0
+        return found | {"late": train(options, None)}
 
 
 def test_the_benchmark_compares_muse_with_exact_attention():
@@ -208,4 +210,23 @@ def test_the_benchmark_compares_muse_with_exact_attention():
     assert found["muse"]["loss"][1:] != pytest.approx(found["exact"]["loss"][1:], rel=1e-6)
     assert found["muse"]["loss"] == pytest.approx(found["exact"]["loss"], rel=0.05)
     assert found["muse"]["loss"][-1] < found["muse"]["loss"][0]
-    assert all(len(row["seconds"]) == 3 and row["parameters"] > 0 for row in found.values())
+    assert all(len(row["seconds"]) == 3 and row["parameters"] > 0 for row in found.values()), "one rank's time was over"
+
+
+@pytest.mark.parametrize(("changes", "choice", "wanted"), [
+    ({"context_parallel": 3}, None, "--context-parallel 3 must divide the 4 processes"),
+    ({"batch": 1}, None, "--batch 1 must be a multiple of the 2 groups"),
+    ({"steps": 0}, None, "--steps 0: must be at least 1"),
+    ({"timeout_minutes": 0}, None, "--timeout-minutes 0: must be at least 1"),
+    ({"tokens": 72}, Choice(CONFIG, None), "--tokens: 72 tokens over 2 ranks do not make whole blocks of 16"),
+    ({"tokens": 72}, None, None),
+])
+def test_sizes_of_the_benchmark_that_do_not_divide(changes, choice, wanted):
+    from launch.megatron_bench import check_sizes
+
+    options = argparse.Namespace(**{"context_parallel": 2, "batch": 2, "steps": 1, "tokens": 64, "timeout_minutes": 1}
+                                 | changes)
+    if wanted is None:
+        return check_sizes(options, 4, choice)
+    with pytest.raises(ValueError, match=wanted):
+        check_sizes(options, 4, choice)
