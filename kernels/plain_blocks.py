@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from muse_dist.kernels import reference
@@ -18,15 +19,37 @@ from muse_dist.kernels.clustering import bisect, gather_rows, principal_axes, pr
 from muse_dist.kernels.reference import Moments, mean_rows, merge, near_field, near_field_backward
 
 __all__ = [
-    "Moments", "Sight", "bisect", "far_field", "far_field_backward", "gather_rows", "mean_rows", "merge", "moments",
-    "moments_backward", "near_field", "near_field_backward", "open_leaves", "principal_axes", "project", "row_dots",
-    "scatter_rows", "seen_blocks", "working_dtype",
+    "Moments", "Sight", "add_tokens", "bisect", "far_field", "far_field_backward", "gather_tokens", "mean_rows",
+    "merge", "moments", "moments_backward", "near_field", "near_field_backward", "open_leaves", "principal_axes",
+    "project", "row_dots", "scatter_tokens", "seen_blocks", "working_dtype",
 ]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that tensors of `dtype` are handed over in: half precision is computed in fp32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def gather_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """Rows of all blocks of x [B, K, G, N, D] in the order int64 [B, K, n, G * b]: [B, K, n, G * b, D].
+
+    Row g * b + t of a block is its token t in head g; rows behind the last token are 0.
+    """
+    blocks, block = order.shape[2], order.shape[3] // x.shape[2]
+    pad = blocks * block - x.shape[3]
+    rows = F.pad(x, (0, 0, 0, pad)) if pad else x
+    return gather_rows(rows.unflatten(3, (blocks, block)).transpose(2, 3).flatten(3, 4), order)
+
+
+def scatter_tokens(rows: Tensor, order: Tensor, heads: int, tokens: int) -> Tensor:
+    """The inverse of `gather_tokens`: rows [B, K, n, G * b, D] -> [B, K, G, N, D] for G = `heads`, N = `tokens`."""
+    placed = scatter_rows(rows, order).unflatten(3, (heads, -1))
+    return placed.transpose(2, 3).flatten(3, 4)[..., :tokens, :]
+
+
+def add_tokens(total: Tensor, rows: Tensor, order: Tensor) -> None:
+    """Add what `scatter_tokens` makes of rows [B, K, n, G * b, D] to `total` [B, K, G, N, D], in place."""
+    total.add_(scatter_tokens(rows, order, *total.shape[2:4]))
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:

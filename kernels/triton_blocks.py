@@ -9,7 +9,7 @@ import torch
 
 from muse_dist.kernels.plain_blocks import Moments, Sight, seen_blocks
 from muse_dist.kernels.triton_bisection import bisect
-from muse_dist.kernels.triton_clustering import gather_rows, principal_axes, project, scatter_rows
+from muse_dist.kernels.triton_clustering import principal_axes, project
 from muse_dist.kernels.triton_far import far_field
 from muse_dist.kernels.triton_far_backward import far_field_backward
 from muse_dist.kernels.triton_merge import merge
@@ -17,11 +17,12 @@ from muse_dist.kernels.triton_moments import moments, moments_backward
 from muse_dist.kernels.triton_near import near_field, near_field_backward
 from muse_dist.kernels.triton_open import open_leaves
 from muse_dist.kernels.triton_rows import mean_rows, row_dots
+from muse_dist.kernels.triton_tokens import add_tokens, gather_tokens, scatter_tokens
 
 __all__ = [
-    "Moments", "Sight", "bisect", "far_field", "far_field_backward", "gather_rows", "mean_rows", "merge", "moments",
-    "moments_backward", "near_field", "near_field_backward", "open_leaves", "principal_axes", "project", "row_dots",
-    "scatter_rows", "seen_blocks", "working_dtype",
+    "Moments", "Sight", "add_tokens", "bisect", "far_field", "far_field_backward", "gather_tokens", "mean_rows",
+    "merge", "moments", "moments_backward", "near_field", "near_field_backward", "open_leaves", "principal_axes",
+    "project", "row_dots", "scatter_tokens", "seen_blocks", "working_dtype",
 ]
 
 

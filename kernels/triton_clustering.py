@@ -1,4 +1,4 @@
-"""Principal axes of blocks, coordinates along them, and the copies that bring rows into an order and back."""
+"""Principal axes of blocks, and coordinates of points along them."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muse_dist.kernels.limits import power_of_two
 from muse_dist.kernels.triton_common import PRECISION, load_rows, padded, store_rows
 
 
@@ -77,28 +76,6 @@ def project(x: Tensor, axes: Tensor, weight: Tensor | None = None, *, tile: Tile
         x.contiguous(), axes.contiguous(), None if weight is None else weight.contiguous(), out, points, programs,
         turns, DIM=dim, DIM_PAD=padded(dim), COUNT=count, COUNT_PAD=padded(count), ROWS=tile.rows,
         num_warps=tile.warps, num_stages=tile.stages)
-    return out
-
-
-def gather_rows(x: Tensor, order: Tensor) -> Tensor:
-    """Rows of x [..., n, D] in the order int64 [..., n]."""
-    return _copy_rows(x, order, False)
-
-
-def scatter_rows(x: Tensor, order: Tensor) -> Tensor:
-    """The inverse of `gather_rows`: row p of x [..., n, D] goes to place order[p], order [..., n] a permutation."""
-    return _copy_rows(x, order, True)
-
-
-def _copy_rows(x: Tensor, order: Tensor, scatter: bool) -> Tensor:
-    points, dim = x.shape[-2:]
-    wide = power_of_two(dim)
-    rows = min(power_of_two(points), max(1, 8192 // wide))
-    tiles = -(-points // rows)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _copy[(x.shape[:-2].numel() * tiles,)](
-        x.contiguous(), order.contiguous(), out, points, tiles, DIM=dim, DIM_PAD=wide, ROWS=rows, SCATTER=scatter,
-        num_warps=4)
     return out
 
 
@@ -283,18 +260,3 @@ def _project(x, axes, weight, out, points, programs, turns, DIM: tl.constexpr, D
             result = result / tl.maximum(tl.max(tl.abs(result), 1), 1.1754944e-38)[:, None]
             result = result / tl.maximum(tl.sqrt(tl.sum(result * result, 1)), 0.5)[:, None]
         store_rows(out + at * points * COUNT, row, ok, result, COUNT, COUNT_PAD)
-
-
-@triton.jit
-def _copy(x, order, out, points, tiles, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr,
-          SCATTER: tl.constexpr):
-    at = (tl.program_id(0) // tiles).to(tl.int64)
-    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    ok = row < points
-    other = tl.load(order + at * points + row, mask=ok, other=0)
-    x += at * points * DIM
-    out += at * points * DIM
-    if SCATTER:
-        store_rows(out, other, ok, load_rows(x, row, ok, DIM, DIM_PAD), DIM, DIM_PAD)
-    else:
-        store_rows(out, row, ok, load_rows(x, other, ok, DIM, DIM_PAD), DIM, DIM_PAD)

@@ -18,7 +18,7 @@ from muse_dist.emulation import emulate_ranks
 from muse_dist.kernels import plain_blocks, reference
 from muse_dist.layout import LayoutName
 from muse_dist.slabs import sight_of
-from muse_dist.tree import arrange, from_query_rows, has_far_field, make_plan, open_blocks, query_rows
+from muse_dist.tree import arrange, has_far_field, make_plan, open_blocks
 
 Far = Literal["none", "centroids", "tilted", "dipole"]
 
@@ -95,14 +95,14 @@ def ablated(
     sight = sight_of(range(count), range(count), config, q.device)
     leaves_seen = plain_blocks.seen_blocks(sight).repeat_interleave(config.block // config.leaf, -1)
     blocks = arrange(plain_blocks, rows, keys, values, plan, config)
-    out, lse = (plain_blocks.gather_rows(query_rows(x, config.block), plan.query_order).unflatten(3, (-1, config.group))
+    out, lse = (plain_blocks.gather_tokens(x, plan.query_order).unflatten(3, (-1, config.group))
                 for x in (near, near_lse[..., None]))
     for i in range(config.halo + 1, count) if config.causal else range(count):
         parts = _far_parts(blocks.q[:, :, i], plan.anchors[:, :, i], blocks.k, blocks.v, plan.opened[:, :, i],
                            leaves_seen[i], blocks.key_valid, scale, config.trace, far)
         out[:, :, i], _ = reference.merge([(out[:, :, i], lse[:, :, i, ..., 0]), *parts])
-    out = plain_blocks.scatter_rows(out.flatten(3, 4), plan.query_order)
-    return from_query_rows(out, rows.shape[2], q.shape[2]).reshape(q.shape).to(q.dtype)
+    out = plain_blocks.scatter_tokens(out.flatten(3, 4), plan.query_order, *rows.shape[2:4])
+    return out.reshape(q.shape).to(q.dtype)
 
 
 def _far_parts(

@@ -196,3 +196,11 @@ def _differentiate(ctx, dout, _):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd("muse_dist::attend", _differentiate, setup_context=_save_for_backward)
+
+
+def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError("muse_attention: second derivatives are not there, autograd stops at the first; "
+                       "leave create_graph=True out")
+
+
+torch.library.register_autograd("muse_dist::attend_backward", _refuse)

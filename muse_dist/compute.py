@@ -18,7 +18,7 @@ from muse_dist.config import MuseConfig
 from muse_dist.kernels.reference import Moments
 from muse_dist.layout import block_count, near_pairs
 from muse_dist.slabs import FarSlab, far_slabs, head_slabs
-from muse_dist.tree import Blocks, Plan, arrange, from_leaves, from_query_rows, query_rows
+from muse_dist.tree import Blocks, Plan, arrange, sorted_blocks
 
 
 def working(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +84,7 @@ class Upstream(NamedTuple):
 def grouped(ops: ModuleType, up: Upstream, row_valid: Tensor | None, plan: Plan, config: MuseConfig) -> Upstream:
     """`up` in the order of a plan; `row_valid` [B, K, n, U, g] says which rows exist, all if None."""
     dout, lse, delta = (
-        ops.gather_rows(query_rows(x, config.block), plan.query_order).unflatten(3, (-1, config.group))
+        ops.gather_tokens(x, plan.query_order).unflatten(3, (-1, config.group))
         for x in (up.dout, up.lse[..., None], up.delta[..., None]))
     lse = lse[..., 0]
     if row_valid is not None:  # rows that do not exist get no weight, whatever their logits: exp(logit - inf) = 0
@@ -92,17 +92,12 @@ def grouped(ops: ModuleType, up: Upstream, row_valid: Tensor | None, plan: Plan,
     return Upstream(dout, lse, delta[..., 0])
 
 
-def ungroup(ops: ModuleType, rows: Tensor, plan: Plan, heads: int, tokens: int) -> Tensor:
-    """[B, K, n, U, g, D] -> [B, K, G, N, D]: grouped rows back in the order of the sequence."""
-    return from_query_rows(ops.scatter_rows(rows.flatten(3, 4), plan.query_order), heads, tokens)
-
-
 def rows_to_tokens(
     ops: ModuleType, part: tuple[Tensor, Tensor], plan: Plan, size: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """A partial softmax of grouped rows in the order of the sequence; `size` is (G, N)."""
-    heads, tokens = size
-    return ungroup(ops, part[0], plan, heads, tokens), ungroup(ops, part[1][..., None], plan, heads, tokens)[..., 0]
+    out, lse = (ops.scatter_tokens(x.flatten(3, 4), plan.query_order, *size) for x in (part[0], part[1][..., None]))
+    return out, lse[..., 0]
 
 
 def join_heads(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -157,10 +152,9 @@ def add_far_backward(
         rows = grouped(ops, up.of_heads(heads), blocks.row_valid, here, config)
         slabs = room.blocks(blocks, query_blocks, key_blocks)
         dq, dk, dv = _far_backward(rows, blocks, here, slabs, scale, config)
-        parts = (ungroup(ops, dq, here, q.shape[2], q.shape[3]), from_leaves(ops, dk, here, k.shape[2]),
-                 from_leaves(ops, dv, here, v.shape[2]))
-        for total, part in zip(grads, parts):
-            total[:, heads].add_(part)
+        ops.add_tokens(grads[0][:, heads], dq.flatten(3, 4), here.query_order)
+        for total, part in zip(grads[1:], (dk, dv)):
+            ops.add_tokens(total[:, heads, None], sorted_blocks(part, here), here.key_order)
 
 
 def _far_backward(

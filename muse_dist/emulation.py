@@ -14,6 +14,7 @@ from muse_dist.checks import check_inputs
 from muse_dist.compute import working
 from muse_dist.config import MuseConfig
 from muse_dist.kernels import plain_blocks, reference
+from muse_dist.kernels.clustering import gather_rows
 from muse_dist.layout import Layout, LayoutName, is_far, is_near
 from muse_dist.remote import ChunkAnchors, chunk_anchors, remote_valid
 from muse_dist.tree import Plan, open_blocks, order_blocks, query_rows, to_leaves
@@ -70,7 +71,7 @@ def _rank_output(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rank: int, hel
     """Outputs of a rank's queries [B, K, G, S, D], one softmax over everything each block sees."""
     own = held[rank]
     shard = layout.shard(q, rank, 3)
-    rows = plain_blocks.gather_rows(query_rows(shard, config.block), own.plan.query_order)
+    rows = gather_rows(query_rows(shard, config.block), own.plan.query_order)
     outs = []
     for place, block in enumerate(own.blocks):
         x = rows[:, :, place]  # [B, K, G * b, D]
@@ -82,7 +83,7 @@ def _rank_output(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rank: int, hel
         weights = logits.softmax(-1).split([b.shape[2] for b in seen], -1)
         out = torch.stack([w @ b for w, b in zip(weights, seen)]).sum(0)
         order = own.plan.query_order[:, :, place].argsort(-1)
-        outs.append(plain_blocks.gather_rows(out, order).unflatten(2, (q.shape[2], -1)))
+        outs.append(gather_rows(out, order).unflatten(2, (q.shape[2], -1)))
     return torch.cat(outs, 3)
 
 

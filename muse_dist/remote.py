@@ -13,14 +13,14 @@ from torch import Tensor
 
 from muse_dist.backend import kernels_for
 from muse_dist.compute import (
-    Upstream, grouped, join_blocks, join_heads, join_rows, moment_bytes, no_moments, rows_to_tokens, ungroup,
+    Upstream, grouped, join_blocks, join_heads, join_rows, moment_bytes, no_moments, rows_to_tokens,
 )
 from muse_dist.config import MuseConfig
 from muse_dist.kernels.clustering import bisect
 from muse_dist.kernels.reference import Moments
 from muse_dist.layout import Layout, chunk_pairs
 from muse_dist.slabs import FarSlab, far_slabs, head_slabs
-from muse_dist.tree import Plan, query_rows
+from muse_dist.tree import Plan
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
@@ -155,13 +155,14 @@ def remote_backward(
             seen = ops.seen_blocks(sight).repeat_interleave(slab.leaves // len(slab.key_places), -1)
             for sum_, x in zip(total, grad):
                 sum_[:, heads, :, :slab.leaves].add_(_to_anchors(x, use, seen, sum_.shape[2]))
-        parts.append((ungroup(ops, join_rows(found, rows), here, q.shape[2], q.shape[3]),))
+        placed = join_rows(found, rows).flatten(3, 4)
+        parts.append((ops.scatter_tokens(placed, here.query_order, *q.shape[2:4]),))
     return join_heads(parts)[0], grads
 
 
 def _rows(ops: ModuleType, q: Tensor, plan: Plan, config: MuseConfig) -> Tensor:
     """q [B, K, G, S, D] as groups of rows in the order of a plan: [B, K, n, U, g, D]. Ranks hold whole blocks."""
-    return ops.gather_rows(query_rows(q, config.block), plan.query_order).unflatten(3, (-1, config.group))
+    return ops.gather_tokens(q, plan.query_order).unflatten(3, (-1, config.group))
 
 
 def _block_bytes(k: Tensor, remote: RemoteLeaves, config: MuseConfig) -> int:

@@ -72,11 +72,6 @@ def query_rows(q: Tensor, block: int) -> Tensor:
     return to_blocks(q, block).transpose(2, 3).flatten(3, 4)
 
 
-def from_query_rows(rows: Tensor, heads: int, tokens: int) -> Tensor:
-    """The inverse of `query_rows` for G = `heads`: [B, K, n, G * block, D] -> [B, K, G, N, D]."""
-    return rows.unflatten(3, (heads, -1)).transpose(2, 3).flatten(3, 4)[..., :tokens, :]
-
-
 def token_valid(tokens: int, block: int, device: torch.device) -> Tensor | None:
     """bool [n, block]: which places of the blocks hold tokens; None if all do.
 
@@ -115,7 +110,7 @@ def order_blocks(q: Tensor, k: Tensor, config: MuseConfig, part: int, first: boo
     rows = query_rows(q, config.block)
     valid = token_valid(k.shape[2], config.block, k.device)
     key_order, query_order = _orders(ops, rows, to_blocks(k, config.block), valid, config, part, first)
-    runs = ops.gather_rows(rows, query_order).unflatten(3, (config.anchors, -1))
+    runs = ops.gather_tokens(q, query_order).unflatten(3, (config.anchors, -1))
     anchors = ops.mean_rows(runs, _unflatten(_row_valid(valid, query_order), config.anchors))
     return Plan(key_order, query_order, anchors, query_order.new_empty(0))
 
@@ -157,7 +152,7 @@ def _unflatten(valid: Tensor | None, parts: int) -> Tensor | None:
 def arrange(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor | None, plan: Plan, config: MuseConfig) -> Blocks:
     """q [B, K, G, S, D] and k, v [B, K, T, D] in the order of a plan; v is k where it is None."""
     groups = plan.query_order.shape[3] // config.group
-    rows = ops.gather_rows(query_rows(q, config.block), plan.query_order).unflatten(3, (groups, -1))
+    rows = ops.gather_tokens(q, plan.query_order).unflatten(3, (groups, -1))
     row_valid = _row_valid(token_valid(q.shape[3], config.block, q.device), plan.query_order)
     keys = to_leaves(ops, k, plan, config.leaf)
     values = keys if v is None else to_leaves(ops, v, plan, config.leaf)
@@ -168,14 +163,18 @@ def arrange(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor | None, plan: Plan,
 
 def to_leaves(ops: ModuleType, x: Tensor, plan: Plan, leaf: int) -> Tensor:
     """[B, K, T, D] -> [B, K, J, leaf, D]: runs of `leaf` keys of every block in the order of a plan."""
-    blocks = ops.gather_rows(to_blocks(x, plan.key_order.shape[3]), plan.key_order)
+    blocks = ops.gather_tokens(x[:, :, None], plan.key_order)
     return blocks.flatten(2, 3).unflatten(2, (-1, leaf))
 
 
 def from_leaves(ops: ModuleType, x: Tensor, plan: Plan, tokens: int) -> Tensor:
     """The inverse of `to_leaves`: [B, K, J, leaf, D] -> [B, K, tokens, D]."""
-    sorted_blocks = x.flatten(2, 3).unflatten(2, plan.key_order.shape[2:])
-    return ops.scatter_rows(sorted_blocks, plan.key_order).flatten(2, 3)[:, :, :tokens]
+    return ops.scatter_tokens(sorted_blocks(x, plan), plan.key_order, 1, tokens)[:, :, 0]
+
+
+def sorted_blocks(x: Tensor, plan: Plan) -> Tensor:
+    """Leaves [B, K, J, leaf, D] as the sorted keys of blocks [B, K, n, b, D]."""
+    return x.flatten(2, 3).unflatten(2, plan.key_order.shape[2:])
 
 
 def open_blocks(

@@ -14,8 +14,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU  # the interpreter's tl.dot is wrong in bf16
 KERNELS = {
-    "principal_axes": triton_clustering, "project": triton_clustering, "gather_rows": triton_clustering,
-    "scatter_rows": triton_clustering, "bisect": triton_bisection,
+    "principal_axes": triton_clustering, "project": triton_clustering, "bisect": triton_bisection,
 }
 
 
@@ -220,23 +219,6 @@ def test_existing_points_of_a_cluster_keep_their_order_and_come_first(valid):
         assert run == sorted(here) + sorted(p for p in run if not exists[p])
 
 
-# Copies of rows
-
-@pytest.mark.parametrize("dtype, dim", [(torch.float32, 1), (torch.float16, 24), (torch.bfloat16, 64),
-                                        (torch.bfloat16, 96), (torch.float32, 256)], ids=str)
-@pytest.mark.parametrize("points", [50] + [2048] * GPU)
-def test_rows_are_gathered_and_scattered(dtype, dim, points):
-    x = normal(2, 3, points, dim, dtype=dtype)
-    order = normal(2, 3, points, seed=1).argsort(-1)
-    got = triton_clustering.gather_rows(x, order)
-    assert got.dtype == dtype and torch.equal(got, clustering.gather_rows(x, order))
-    scattered = triton_clustering.scatter_rows(x, order)
-    assert scattered.dtype == dtype and torch.equal(scattered, clustering.scatter_rows(x, order))
-    assert torch.equal(triton_clustering.scatter_rows(got, order), x)
-    transposed = x.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(triton_clustering.gather_rows(transposed, order), got)
-
-
 def test_what_the_kernels_cannot_run_is_refused():
     valid = torch.ones(4, dtype=torch.bool, device=DEVICE)
     with pytest.raises(ValueError, match="x is torch.float64"):
@@ -254,8 +236,7 @@ def test_nothing_waits_for_the_gpu():
     def step():
         axes, spread = triton_clustering.principal_axes(x, valid, 8)
         points = triton_clustering.project(x, axes, spread)
-        order = triton_bisection.bisect(points, 64, 64, valid)
-        triton_clustering.scatter_rows(triton_clustering.gather_rows(x, order), order)
+        triton_bisection.bisect(points, 64, 64, valid)
 
     step()  # compiles
     torch.cuda.set_sync_debug_mode("error")
