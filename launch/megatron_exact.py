@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from muse_dist.layout import Layout
 from muse_dist.megatron_patch.versions import GROUPS, context_parallel_group
 
 
@@ -26,12 +25,10 @@ class ExactCoreAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any) -> Tensor:
         """query [S, B, H, D], key and value [S, B, K, D] -> [S, B, H * D]; causal, no other mask."""
-        ranks, tokens = self.group.size(), query.shape[0]
+        ranks = self.group.size()
         copies = query.shape[2] // key.shape[2]
         if ranks > 1:
-            layout = Layout("zigzag", ranks, tokens * ranks, 1)
-            order = torch.cat([layout.positions(rank) for rank in range(ranks)]).argsort().to(query.device)
-            key, value = (gather_from_sequence_parallel_region(x.contiguous(), group=self.group)[order]
+            key, value = (in_order(gather_from_sequence_parallel_region(x.contiguous(), group=self.group), ranks)
                           for x in (key, value))
         q = query.permute(1, 2, 0, 3)
         k, v = (x.permute(1, 2, 0, 3) for x in (key, value))
@@ -47,3 +44,9 @@ class ExactCoreAttention(MegatronModule):
     def _chunks(self, ranks: int) -> list[int]:
         rank = self.group.rank()
         return [0] if ranks == 1 else [rank, 2 * ranks - 1 - rank]
+
+
+def in_order(x: Tensor, ranks: int) -> Tensor:
+    """[N, ...] of all ranks' zigzag shards, one after the other -> [N, ...] in the order of the sequence."""
+    chunks = x.chunk(2 * ranks)  # rank r gave chunks r and 2P-1-r
+    return torch.cat([*chunks[::2], *reversed(chunks[1::2])])

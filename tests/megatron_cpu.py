@@ -101,6 +101,7 @@ class Case:
     pp: int = 1
     vp: int | None = None
     layers: frozenset[int] | None = None
+    masked: bool = False  # leave tokens out of the loss, most of them early in the sequence
     distributed_optimizer: bool = False
     dtype: torch.dtype = torch.float64
     model: dict[str, Any] = field(default_factory=dict)  # further settings of the TransformerConfig
@@ -252,24 +253,29 @@ def _parameters(models: list[Any]) -> dict[str, tuple[torch.Tensor, int | None]]
     return {name: (p.detach().clone(), _split(p)) for model in inner for name, p in _named(model)}
 
 
-def _batches(case: Case, step: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _batches(case: Case, step: int) -> list[tuple[torch.Tensor, ...]]:
     """This rank's part of the step's sequences: text in which every token depends on the one 64 places before."""
     from megatron.core import parallel_state as state
 
     generator = torch.Generator().manual_seed(step)
     text = torch.randint(VOCABULARY, (BATCH, 64), generator=generator).repeat(1, TOKENS // 64 + 1)[:, :TOKENS + 1]
+    counts = torch.ones(BATCH, TOKENS)
+    if case.masked:
+        likely = torch.linspace(0.05, 1, TOKENS) / torch.arange(1, BATCH + 1)[:, None]
+        counts = (torch.rand(BATCH, TOKENS, generator=generator) < likely).float()
     places = torch.arange(TOKENS)
     if case.cp > 1:
         places = Layout("zigzag", case.cp, TOKENS, 1).positions(state.get_context_parallel_rank())
-    mine = text[state.get_data_parallel_rank()::state.get_data_parallel_world_size()]
-    return [(x[None, places], x[None, places + 1], places[None]) for x in mine]
+    mine = slice(state.get_data_parallel_rank(), None, state.get_data_parallel_world_size())
+    return [(x[None, places], x[None, places + 1], places[None], count[None, places])
+            for x, count in zip(text[mine], counts[mine])]
 
 
 def _forward(batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
-    tokens, labels, places = next(batches)
+    tokens, labels, places, counts = next(batches)
 
     def loss(losses):
-        total, count = losses.double().sum(), torch.tensor(losses.numel(), dtype=torch.int)
+        total, count = (losses.double() * counts).sum(), counts.sum().int()
         return total, count, {"loss": torch.stack([total.detach(), count.double()])}
 
     return model(tokens, places, None, labels=labels), loss

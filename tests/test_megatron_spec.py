@@ -8,6 +8,7 @@ import torch
 
 from muse_dist import MuseConfig
 from muse_dist.attention import muse_attention
+from muse_dist.layout import Layout
 from muse_dist.megatron_patch.options import Choice
 from tests.megatron_cpu import TOKENS, Case, build_gpt, cuda_as_cpu, transformer_config
 from tests.ranks import run_ranks
@@ -183,6 +184,15 @@ def test_models_built_from_specs():
         assert found["spec"] == [muse, exact, exact, exact]
         assert found["default"] == [muse] * 4
         assert "moe_layer_freq" in found["mixed"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gathered_shards_are_put_in_order(ranks):
+    from launch.megatron_exact import in_order
+
+    layout = Layout("zigzag", ranks, 48, 3)
+    whole = torch.arange(96).view(48, 2)
+    assert torch.equal(in_order(torch.cat([layout.shard(whole, rank, 0) for rank in range(ranks)]), ranks), whole)
 
 
 def bench(names):

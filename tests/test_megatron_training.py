@@ -26,6 +26,8 @@ def cases(folder):
         "one": Case(KV), "exact": Case(None), "scaled": Case(NEAR, model={"apply_query_key_layer_scaling": True}),
         "cp2": Case(KV, cp=2, save=f"{folder}/checkpoint"), "resumed": Case(KV, load=f"{folder}/checkpoint"),
         "near cp2": Case(NEAR, cp=2),
+        "masked": Case(KV, masked=True), "masked cp2": Case(KV, cp=2, masked=True),
+        "masked cp4": Case(KV, cp=4, masked=True),
         "tp2 cp2 selective": Case(KV, tp=2, cp=2, model=SELECTIVE),
         "pp2 cp2 full": Case(KV, pp=2, cp=2, model=FULL),
         "moments": Case(MOMENTS, cp=2), "moments full": Case(MOMENTS, cp=2, model=FULL),
@@ -82,6 +84,12 @@ def far_apart(one, other):
 @pytest.mark.parametrize("name", ["cp2", "tp2 cp2 selective", "pp2 cp2 full"])
 def test_split_models_learn_what_one_rank_does(trained, name):
     assert_same(trained, name, "one")
+
+
+@pytest.mark.parametrize("name", ["masked cp2", "masked cp4"])
+def test_ranks_and_micro_batches_with_unequal_numbers_of_tokens_that_count(trained, name):
+    assert_same(trained, name, "masked")
+    assert far_apart(trained[0]["masked"], trained[0]["one"]) > 1e-3
 
 
 def test_virtual_pipeline_stages(trained):
