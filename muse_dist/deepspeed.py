@@ -133,7 +133,8 @@ class SharedSequences:
         """Raise on all ranks that share a sequence if they do not, or if one has a problem."""
         places = torch.arange(1, tokens.numel() + 1, device=tokens.device)
         sums = [int((x.flatten() * places).sum()) if problem is None else 0 for x in (tokens, labels)]
-        said = torch.tensor([*tokens.shape[:2], *sums, problem is not None], device=tokens.device)
+        shape = tokens.shape if problem is None else (0, 0)  # what is exchanged has one length, whatever is wrong
+        said = torch.tensor([*shape, *sums, problem is not None], device=tokens.device)
         others = torch.stack(Communicator(self.group).all_gather("check of the batch", said).wait())
         if problem is not None:
             raise ValueError(problem)

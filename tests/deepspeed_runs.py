@@ -220,7 +220,7 @@ CASES: dict[str, Case] = {
     "stage 3, torch recomputes, zero.Init": Case(3, recompute="torch", sharded_start=True),
     "stage 1, one layer": Case(1, muse={"layers": "1"}),
     "stage 2, moments": Case(2, recompute="torch", muse={"exchange": "moments"}),
-    "stage 2, bf16": Case(2, clip=0.3, json={"bf16": {"enabled": True}}),
+    **{f"stage {stage}, bf16": Case(stage, clip=0.3, json={"bf16": {"enabled": True}}) for stage in range(4)},
 }
 CASES_OF_FOUR: dict[str, Case] = {
     **{f"2 x 2, stage {stage}": Case(stage, accumulation=2, clip=0.3, zero=SMALL) for stage in range(4)},

@@ -89,6 +89,7 @@ def refusals() -> dict[str, str]:
         "bad length": lambda: engine.muse.shard(tokens[:, :50]),
         "bad length of rank 1": lambda: engine.muse.shard(tokens[:, :TOKENS - rank]),
         "bad shape": lambda: engine.muse.shard(tokens[0]),
+        "bad shape of rank 1": lambda: engine.muse.shard(tokens[0] if rank else tokens),
         "no engine": lambda: parallel.loss(torch.randn(1, 4, 8), torch.zeros(1, 4, dtype=torch.long)),
         "too many ranks": lambda: join(Case(1, context=4).config),
         "no MuSe in own model": lambda: initialize(nn.Linear(2, 2), config),
