@@ -1,4 +1,4 @@
-"""The settings of a training run: one TOML file with the tables [model], [train], [data], [log] and [muse]."""
+"""The settings of a training run: one TOML file with the tables of `TABLES`."""
 from __future__ import annotations
 
 import dataclasses
@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-TABLES = ("model", "train", "data", "log", "muse")
+TABLES = ("model", "train", "deepspeed", "data", "log", "muse")
 Table = TypeVar("Table")
 
 
@@ -56,6 +56,7 @@ class TrainConfig:
     `context_parallel` ranks share every sequence, as `layout` says; 0 for all ranks. `shard` splits weights, gradients
     and optimizer state over all ranks (FSDP2), `recompute` keeps no activations inside layers, and `micro_batch`
     sequences (0: all of them) go through the model at a time.
+    `engine` runs the steps: "torch", or "deepspeed", whose settings are in the table [deepspeed].
     `attention` is "muse" or "exact"; the first `exact_first` of the steps (a fraction) use exact attention either way.
     A step whose loss or gradient is no number, or whose loss lies `spike` nats above the median of the last 32 (0: no
     such check), stops the run, or with `bad_step` = "skip" is left out, at most `max_skipped` in a row. A rank that
@@ -76,6 +77,7 @@ class TrainConfig:
     threads: int = 0
     context_parallel: int = 0
     layout: str = "zigzag"
+    engine: str = "torch"
     shard: bool = False
     recompute: bool = False
     attention: str = "muse"
@@ -88,7 +90,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (("layout", get_args(LayoutName)), ("optimizer", ("adamw", "apex")),
-                              ("attention", ("muse", "exact")), ("bad_step", ("stop", "skip"))):
+                              ("engine", ("torch", "deepspeed")), ("attention", ("muse", "exact")),
+                              ("bad_step", ("stop", "skip"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"train.{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         _at_least(self, steps=1, batch=1, micro_batch=0, warmup=0, seed=0, threads=0, weight_decay=0,
@@ -99,13 +102,40 @@ class TrainConfig:
         if self.compare and self.shard:
             raise ValueError("train.compare=true reads with the whole model on one rank, which train.shard=true does "
                              "not have; turn one of them off")
+        if self.engine == "deepspeed":
+            self._check_deepspeed()
         if self.exact_first > 1:
             raise ValueError(f"train.exact_first={self.exact_first} is a fraction of the steps: at most 1")
+
+    def _check_deepspeed(self) -> None:
+        for refused, instead in (
+            (self.compare, "compare=true reads with the plain model on one rank; set train.compare=false"),
+            (self.shard, "shard=true is PyTorch's way to split weights; set train.shard=false and deepspeed.stage=3"),
+            (self.optimizer != "adamw", f"optimizer={self.optimizer!r}: take 'adamw'"),
+        ):
+            if refused:
+                raise ValueError(f"train.engine='deepspeed' does not work with train.{instead}")
 
     @property
     def exact_steps(self) -> int:
         """How many steps at the start use exact attention."""
         return self.steps if self.attention == "exact" else round(self.exact_first * self.steps)
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """What DeepSpeed's ZeRO splits over all ranks: optimizer state (`stage` 1), gradients (2) and weights (3) too.
+
+    With `overlap`, gradients are exchanged while the backward goes on. Read where `train.engine` = "deepspeed"; the
+    rest of its settings follow from the other tables.
+    """
+
+    stage: int = 2
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        if self.stage not in (1, 2, 3):
+            raise ValueError(f"deepspeed.stage={self.stage} must be 1, 2 or 3; without ZeRO take train.engine='torch'")
 
 
 @dataclass(frozen=True)
@@ -149,6 +179,7 @@ class RunConfig:
     name: str
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     data: DataConfig = field(default_factory=DataConfig)
     log: LogConfig = field(default_factory=LogConfig)
     muse: MuseConfig = field(default_factory=MuseConfig)
@@ -173,7 +204,8 @@ class RunConfig:
         if unknown:
             raise ValueError(f"{path}: unknown table or key {unknown[0]!r}; known: "
                              + ", ".join(f"[{table}]" for table in TABLES))
-        kinds = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig, "log": LogConfig}
+        kinds = {"model": ModelConfig, "train": TrainConfig, "deepspeed": DeepSpeedConfig, "data": DataConfig,
+                 "log": LogConfig}
         built: dict[str, Any] = {table: from_mapping(kind, tables.get(table, {}), table)  # type: ignore[type-var]
                                  for table, kind in kinds.items()}
         return cls(name=Path(path).stem if name is None else name, muse=MuseConfig.from_dict(tables.get("muse", {})),

@@ -1,4 +1,7 @@
-"""What runs the steps: the model spread over the ranks, its gradients and its optimizer, behind a few methods."""
+"""What runs the steps: the model spread over the ranks, its gradients and its optimizer, behind a few methods.
+
+`launch.deepspeed_engine` is the one that `train.engine` = "deepspeed" asks for.
+"""
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -52,6 +55,15 @@ class Engine(Protocol):
         """Write the whole model as transformers reads it."""
 
 
+def make_engine(config: RunConfig, ranks: Ranks, vocabulary: int, counter: ByteCounter | None = None) -> Engine:
+    """The engine that `train.engine` names; arguments and errors as `TorchEngine` has them."""
+    if config.train.engine == "torch":
+        return TorchEngine(config, ranks, vocabulary, counter)
+    from launch.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, ranks, vocabulary, counter)
+
+
 class TorchEngine(Engine):
     """PyTorch's own: DistributedDataParallel, or FSDP2 with `train.shard`.
 
@@ -67,7 +79,14 @@ class TorchEngine(Engine):
     def __init__(
         self, config: RunConfig, ranks: Ranks, vocabulary: int, counter: ByteCounter | None = None
     ) -> None:
-        self.config, self.ranks = config, ranks
+        self._build(config, ranks, vocabulary, counter)
+        self.module = self._wrapped(LossModel(self.model))
+        self.optimizer = make_optimizer(self.model, config.train)
+        allocate_state(self.optimizer)  # a checkpoint has it from the first step on
+
+    def _build(self, config: RunConfig, ranks: Ranks, vocabulary: int, counter: ByteCounter | None) -> None:
+        """The model, whole on every rank."""
+        self.config, self.ranks, self.updates = config, ranks, 0
         if config.train.batch % ranks.replicas:
             raise ValueError(f"train.batch={config.train.batch} must be a multiple of the {ranks.replicas} sets of "
                              "ranks, which each read their own sequences")
@@ -78,10 +97,6 @@ class TorchEngine(Engine):
         self.parameters = self.model.num_parameters()
         if config.train.recompute:
             recompute_activations(self.model)
-        self.module = self._wrapped(LossModel(self.model))
-        self.optimizer = make_optimizer(self.model, config.train)
-        allocate_state(self.optimizer)  # a checkpoint has it from the first step on
-        self.updates = 0
 
     def _wrapped(self, losses: LossModel) -> nn.Module:
         if self.config.train.shard:
@@ -121,9 +136,12 @@ class TorchEngine(Engine):
                 with watch("forward"):
                     share = self.module(part, self.positions).sum() / count
                 with watch("backward"):
-                    (share * self.ranks.world).backward()  # gradients are averaged over the ranks, shares added
+                    self._backward(share * self.ranks.world)  # gradients are averaged over the ranks, shares added
             total += share.detach()
         return total
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def _exchanging(self, last: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients in the last backward of a step only."""

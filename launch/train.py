@@ -24,7 +24,7 @@ from launch.checkpoint import Checkpoints
 from launch.compare import compare_first_steps, measure, received
 from launch.config import RunConfig, parse_changes
 from launch.corpus import Corpus, load_corpus
-from launch.engine import TorchEngine
+from launch.engine import make_engine
 from launch.guard import StopSignal
 from launch.metrics import read_metrics
 from launch.monitor import Monitor, Silent, Wandb
@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
             torch.set_num_threads(config.train.threads)
         transformers_logging.disable_progress_bar()
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process is no mistake
+        # DeepSpeed calls what newer versions of PyTorch have renamed.
+        warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
         settings = config.train
         # A rank that hangs says so itself, before the exchange that waits for it gives up.
         with join_ranks(device, config.layout, settings.context_parallel, settings.timeout + 60) as ranks:
@@ -83,7 +85,7 @@ class _Run:
             return
         if config.train.compare and ranks.size > 1 and self.done is None:
             self.first_steps = compare_first_steps(corpus, config, ranks)
-        self.engine = TorchEngine(config, ranks, corpus.vocabulary, self.counter)
+        self.engine = make_engine(config, ranks, corpus.vocabulary, self.counter)
         self.trainer = Trainer(self.engine, corpus, config, ranks, Silent(), checkpoints, self.counter, self.folder)
         if self.done is not None:
             self.trainer.resume(self.done)
@@ -164,7 +166,8 @@ def _monitor(config: RunConfig, folder: Path, wandb: Wandb, done: int) -> Monito
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says instead of the file."""
-    named = {"train.steps": options.steps, "train.seed": options.seed, "train.attention": options.attention,
+    named = {"train.steps": options.steps, "train.seed": options.seed,
+             "train.engine": options.engine, "train.attention": options.attention,
              "train.optimizer": options.optimizer, "train.context_parallel": options.context_parallel,
              "data.path": options.data}
     return {**parse_changes(options.set), **{key: value for key, value in named.items() if value is not None}}
@@ -179,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
                         "again; else an unfinished one goes on")
     parser.add_argument("--steps", type=int, help="train this many steps instead of the config's")
     parser.add_argument("--seed", type=int, help="of the weights and the batches, instead of the config's")
+    parser.add_argument("--engine", help="torch, or deepspeed for its ZeRO, instead of the config's")
     parser.add_argument("--attention", help="muse, or exact for the baseline, instead of the config's")
     parser.add_argument("--optimizer", help="adamw, or apex for NVIDIA's fused one, instead of the config's")
     parser.add_argument("--context-parallel", type=int, metavar="RANKS", help="that share a sequence, 0 for all, "
