@@ -109,9 +109,9 @@ class TrainConfig:
 
     def _check_deepspeed(self) -> None:
         for refused, instead in (
-            (self.compare, "compare=true reads with the plain model on one rank; set train.compare=false"),
-            (self.shard, "shard=true is PyTorch's way to split weights; set train.shard=false and deepspeed.stage=3"),
-            (self.optimizer != "adamw", f"optimizer={self.optimizer!r}: take 'adamw'"),
+            (self.compare, "compare=true, which reads with the whole model on one rank; set it to false"),
+            (self.shard, "shard=true, PyTorch's way to split weights; set it to false, and deepspeed.stage=3"),
+            (self.optimizer != "adamw", f"optimizer={self.optimizer!r}; take 'adamw'"),
         ):
             if refused:
                 raise ValueError(f"train.engine='deepspeed' does not work with train.{instead}")
@@ -179,10 +179,10 @@ class RunConfig:
     name: str
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     data: DataConfig = field(default_factory=DataConfig)
     log: LogConfig = field(default_factory=LogConfig)
     muse: MuseConfig = field(default_factory=MuseConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     @classmethod
     def from_toml(

@@ -38,7 +38,7 @@ def settings(name):
     return RunConfig(
         "run", ModelConfig(2, 32, 2, 1, 64),
         TrainConfig(steps=STEPS, batch=3, micro_batch=1, warmup=2, lr=5e-3, clip=0.5, engine=engine, bad_step="skip"),
-        DeepSpeedConfig(stage), DataConfig(context=128),
+        DataConfig(context=128), deepspeed=DeepSpeedConfig(stage),
         muse=MuseConfig(block=16, leaf=8, group=8, anchors=1, remote_leaf=8, opened=2, exchange="kv"))
 
 
@@ -179,9 +179,9 @@ def test_it_says_that_deepspeed_is_missing(monkeypatch):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"compare": True}, "train.compare=true.*set train.compare=false"),
+    ({"compare": True}, "train.compare=true.*set it to false"),
     ({"shard": True}, "train.shard=true.*deepspeed.stage=3"),
-    ({"optimizer": "apex"}, "train.optimizer='apex': take 'adamw'"),
+    ({"optimizer": "apex"}, "train.optimizer='apex'; take 'adamw'"),
     ({"engine": "megatron"}, "train.engine='megatron' must be one of torch, deepspeed"),
 ])
 def test_settings_that_do_not_go_together_are_refused(changes, message):
