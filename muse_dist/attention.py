@@ -1,9 +1,6 @@
 """Multipole semantic attention: the function users call. On one device it is two opaque operators of PyTorch."""
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -102,19 +99,7 @@ def _plan_or_none(plan: Plan) -> Plan | None:
     return plan if plan.key_order.numel() else None
 
 
-def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `_name_op` the operator muse_dist::name, opaque to compilers.
-
-    Not by `torch.library.custom_op`: its wrapper looks at every result of every call, which kernels that take less than
-    a millisecond cannot afford.
-    """
-    name = f"muse_dist::{function.__name__.removeprefix('_').removesuffix('_op')}"
-    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
-    torch.library.impl(name, "default")(function)
-    return function
-
-
-@_operator
+@torch.library.custom_op("muse_dist::plan", mutates_args=())
 def _plan_op(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The `Plan` of q [B, H, N, D] and k [B, K, N, D]; empty tensors where there is no far field."""
     config = MuseConfig.decode(settings)
@@ -128,7 +113,7 @@ def _plan_op(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor,
     return tuple(x.contiguous() for x in plan)  # type: ignore[return-value]
 
 
-@torch.library.register_fake("muse_dist::plan")
+@_plan_op.register_fake
 def _(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     config = MuseConfig.decode(settings)
     if not has_far_field(q.shape[2], config):
@@ -142,7 +127,7 @@ def _(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor, Tensor
     return order, order.new_empty(*lead, rows), anchors, order.new_empty(opened)
 
 
-@_operator
+@torch.library.custom_op("muse_dist::attend", mutates_args=())
 def _attend_op(
     q: Tensor, k: Tensor, v: Tensor, key_order: Tensor, query_order: Tensor, anchors: Tensor, opened: Tensor,
     scale: float, settings: str,
@@ -156,13 +141,13 @@ def _attend_op(
     return out.reshape(q.shape).to(q.dtype).contiguous(), lse.reshape(q.shape[:3]).contiguous()
 
 
-@torch.library.register_fake("muse_dist::attend")
+@_attend_op.register_fake
 def _(q, k, v, key_order, query_order, anchors, opened, scale, settings):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=dtype)
 
 
-@_operator
+@torch.library.custom_op("muse_dist::attend_backward", mutates_args=())
 def _attend_backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_order: Tensor, query_order: Tensor,
     anchors: Tensor, opened: Tensor, scale: float, settings: str,
@@ -178,7 +163,7 @@ def _attend_backward_op(
     return dq.reshape(q.shape).to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
-@torch.library.register_fake("muse_dist::attend_backward")
+@_attend_backward_op.register_fake
 def _(dout, q, k, v, out, lse, key_order, query_order, anchors, opened, scale, settings):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -195,12 +180,4 @@ def _differentiate(ctx, dout, _):  # type: ignore[no-untyped-def]
     return (*grads, None, None, None, None, None, None)
 
 
-torch.library.register_autograd("muse_dist::attend", _differentiate, setup_context=_save_for_backward)
-
-
-def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError("muse_attention: second derivatives are not there, autograd stops at the first; "
-                       "leave create_graph=True out")
-
-
-torch.library.register_autograd("muse_dist::attend_backward", _refuse)
+_attend_op.register_autograd(_differentiate, setup_context=_save_for_backward)
