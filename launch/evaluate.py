@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from launch.ablations import Variant, across_ranks, ladder
-from launch.train import pick_device
+from launch.options import dtype_of, pick_device, setting
 from launch.trained import cut, load
 from muse_dist import MuseConfig
 from muse_dist.huggingface import register
@@ -140,7 +140,7 @@ def check_head(model: PreTrainedModel, ids: Tensor) -> None:
 
 def chosen_variants(options: argparse.Namespace) -> list[Variant]:
     """The presets and ablations that the command line asks for; the presets if it asks for nothing."""
-    changes = dict(_setting(text) for text in options.set)
+    changes = dict(map(setting, options.set))
     if options.block is not None:
         changes["block"] = options.block
     names = options.preset if options.preset or options.variants else PRESETS
@@ -158,16 +158,6 @@ def chosen_variants(options: argparse.Namespace) -> list[Variant]:
             raise ValueError("--ranks: goes with presets, not with --variants")
         return [row for preset in chosen for row in across_ranks(preset, options.ranks, options.layout)]
     return chosen
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--set {text}: write NAME=VALUE, such as opened=8 or trace=false")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def _command(options: argparse.Namespace, variant: Variant) -> str:
@@ -239,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         variants = chosen_variants(options)
         model, tokens = load(options.model, options.text)
         windows = cut(tokens, options.windows, options.tokens)
-        model = model.to(device=device, dtype=_dtype(options.dtype, device))  # type: ignore[call-arg]
+        model = model.to(device=device, dtype=dtype_of(options.dtype, device))  # type: ignore[call-arg]
         check_head(model, windows[0][:, :64])
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
@@ -257,13 +247,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with options.json.open("a") as file:
                     file.write(_record(row, options, model) + "\n")
     print("\neach row by itself:", *dict.fromkeys(_command(options, variant) for variant in variants), sep="\n")
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 if __name__ == "__main__":

@@ -18,6 +18,38 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def small_run(steps, data, timeout=100):
+    """Settings of a run of so many steps on token files, a checkpoint every other step."""
+    return f"""
+[model]
+layers = 1
+width = 16
+heads = 2
+kv_heads = 1
+mlp = 32
+[train]
+steps = {steps}
+warmup = 2
+batch = 2
+threads = 1
+timeout = {timeout}
+[data]
+path = "{data}"
+context = 128
+held_out_sequences = 1
+[log]
+checkpoint_every = 2
+keep = 2
+[muse]
+block = 16
+leaf = 8
+group = 8
+anchors = 1
+remote_leaf = 8
+opened = 1
+"""
+
+
 class Launcher:
     """A context manager; leaving it kills what is left."""
 

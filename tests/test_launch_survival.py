@@ -10,36 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from launch.indexed import write_index
-from tests.launched import Launcher
-
-SETTINGS = """
-[model]
-layers = 1
-width = 16
-heads = 2
-kv_heads = 1
-mlp = 32
-[train]
-steps = {steps}
-warmup = 2
-batch = 2
-threads = 1
-timeout = 100
-[data]
-path = "{data}"
-context = 128
-held_out_sequences = 1
-[log]
-checkpoint_every = 2
-keep = 2
-[muse]
-block = 16
-leaf = 8
-group = 8
-anchors = 1
-remote_leaf = 8
-opened = 1
-"""
+from tests.launched import Launcher, small_run
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +37,7 @@ class Case:
 
     def __init__(self, launcher, data, folder, steps=12):
         self.launcher, self.folder, self.run_folder = launcher, folder, folder / "run"
-        (folder / "run.toml").write_text(SETTINGS.format(steps=steps, data=data))
+        (folder / "run.toml").write_text(small_run(steps, data))
 
     def start(self, ranks=2, *more, **options):
         arguments = ["--config", self.folder / "run.toml", "--out", self.folder, "--device", "cpu", *more]
@@ -268,7 +239,7 @@ def test_data_that_ends_early_is_named_and_what_was_learned_is_kept(case, undist
     copy.mkdir()
     for path in data.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    (case.folder / "run.toml").write_text(SETTINGS.format(steps=12, data=copy))
+    (case.folder / "run.toml").write_text(small_run(12, copy))
     run = case.start()
     case.wait_for_steps(run, 3)
     os.truncate(copy / "train.bin", 0)

@@ -7,40 +7,12 @@ import numpy as np
 import pytest
 
 from launch.indexed import write_index
-from tests.launched import Launcher
+from tests.launched import Launcher, small_run
 from tests.two_hosts import TwoHosts, wait_until, why_not
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"two hosts need root and iproute2: {REASON}")
 STEPS = 24
-SETTINGS = f"""
-[model]
-layers = 1
-width = 16
-heads = 2
-kv_heads = 1
-mlp = 32
-[train]
-steps = {STEPS}
-warmup = 2
-batch = 2
-threads = 1
-timeout = 8
-[data]
-path = "DATA"
-context = 128
-held_out_sequences = 1
-[log]
-checkpoint_every = 2
-keep = 2
-[muse]
-block = 16
-leaf = 8
-group = 8
-anchors = 1
-remote_leaf = 8
-opened = 1
-"""
 
 
 class Case:
@@ -55,7 +27,7 @@ class Case:
             values.tofile(folder / f"{name}.bin")
             write_index(folder / f"{name}.idx", [tokens // 10] * 10, values.dtype)
         (folder / "data.json").write_text(json.dumps({"vocabulary": 64, "digest": "pattern"}))
-        (folder / "run.toml").write_text(SETTINGS.replace("DATA", str(folder)))
+        (folder / "run.toml").write_text(small_run(STEPS, folder, timeout=8))
 
     def losses(self):
         path = self.folder / "run" / "metrics.jsonl"
