@@ -15,7 +15,8 @@ first:
     model = Decoder(attention=parallel.attention())
     engine, *_ = muse_dist.deepspeed.initialize(model=model, config="ds.json", parallel=parallel)
 
-`parallel.deepspeed_config` is the config without the section, for `deepspeed.zero.Init(config_dict_or_path=...)`.
+`parallel.deepspeed_config` is the config without the section and "train_batch_size", for
+`deepspeed.zero.Init(config_dict_or_path=...)`.
 """
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ from muse_dist.comm import Communicator, ProcessGroup
 from muse_dist.deepspeed_checkpoint import load, save
 from muse_dist.deepspeed_models import install
 from muse_dist.deepspeed_ranks import Ranks, is_failed_exchange, join_processes, leave_processes
-from muse_dist.deepspeed_section import MuseSection, read_config
+from muse_dist.deepspeed_section import MuseSection, read_config, without_total
 from muse_dist.layer import MuseAttention
 from muse_dist.layout import Layout
 from muse_dist.sequence_loss import pad_batch, shard_batch, shared_mean_loss
@@ -156,7 +157,8 @@ def join(config: str | Path | Mapping[str, Any]) -> SharedSequences:
         ImportError: no DeepSpeed, or no launcher.
     """
     section, rest = read_config(config)
-    return SharedSequences(section, join_processes(section.context_parallel_size, section.timeout_seconds), rest)
+    ranks = join_processes(section.context_parallel_size, section.timeout_seconds)
+    return SharedSequences(section, ranks, without_total(rest, ranks.data_size))
 
 
 def initialize(
@@ -187,8 +189,10 @@ def initialize(
         raise TypeError("model: a PipelineModule has no ranks that share sequences; use ZeRO instead")
     if parallel is None:
         parallel = join(config)
-    elif read_config(config) != (parallel.section, parallel.deepspeed_config):
-        raise ValueError("config: differs from the one given to join(...); give both the same")
+    else:
+        section, values = read_config(config)
+        if (section, without_total(values, parallel.data_size)) != (parallel.section, parallel.deepspeed_config):
+            raise ValueError("config: differs from the one given to join(...); give both the same")
     install(model, parallel.section, parallel.group)
     model.universal_checkpoint_info = UNIVERSAL  # type: ignore[assignment]
     options.setdefault("model_parameters", [p for p in model.parameters() if p.requires_grad])

@@ -13,6 +13,7 @@ from muse_dist.config import MuseConfig
 from muse_dist.layout import LayoutName
 
 ALL = "all"
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,28 @@ def read_config(config: str | Path | Mapping[str, Any]) -> tuple[MuseSection, di
     return section, rest
 
 
+def without_total(config: dict[str, Any], replicas: int) -> dict[str, Any]:
+    """A DeepSpeed config whose batch is given by rank alone: without "train_batch_size", which counts ranks.
+
+    `deepspeed.zero.Init` is not told that `replicas` sequences are read at once by more ranks, and would refuse it.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    total, micro, steps = (config.get(key) for key in BATCH)
+    if total is None or any(type(size) is not int or size < 1 for size in (total, micro, steps) if size is not None):
+        return config  # nothing to do, or DeepSpeed says what is wrong
+    if steps is None:
+        steps = 1 if micro is None else max(total // (micro * replicas), 1)
+    if micro is None:
+        micro = max(total // (steps * replicas), 1)
+    if total != micro * steps * replicas:
+        raise ValueError(f"train_batch_size={total} is not {micro} (train_micro_batch_size_per_gpu) * {steps} "
+                         f"(gradient_accumulation_steps) * {replicas} (ranks / muse.context_parallel_size); leave out "
+                         "train_batch_size, it follows from the others")
+    return {**{key: value for key, value in config.items() if key != BATCH[0]}, BATCH[1]: micro, BATCH[2]: steps}
+
+
 def _section(values: Any) -> MuseSection:
     if not isinstance(values, Mapping):
         raise TypeError(f'"muse" must be a section {{...}}, not {type(values).__name__}')
@@ -115,6 +138,15 @@ def _problems(config: Mapping[str, Any], ranks: int) -> list[str]:
         found.append("activation_checkpointing.partition_activations: ranks hold different tokens, leave it out")
     if config.get("tensor_parallel", {}).get("autotp_size", 0) > 1:
         found.append("tensor_parallel.autotp_size: tensor parallelism is not supported, leave it out")
+    # DeepSpeed sorts the parameters another way then, but not the names of their fp32 copies.
+    if zero.get("round_robin_gradients"):
+        found.append("zero_optimization.round_robin_gradients: DeepSpeed then saves parameters under each other's "
+                     "names, leave it out")
+    if config.get("checkpoint", {}).get("writer") is not None:
+        found.append("checkpoint.writer: does not know ranks that share a sequence, leave it out")
+    if config.get("datastates_ckpt", False) is not False:  # as DeepSpeed reads it
+        found.append("datastates_ckpt: is still writing when muse_dist.deepspeed.save calls a checkpoint whole, leave "
+                     "it out")
     if ranks == 1:
         return found
     # What averages gradients with another weight than the rest of the stage does, or over other groups.

@@ -27,7 +27,8 @@ MUSE = {"block": 8, "leaf": 4, "group": 4, "remote_leaf": 4, "anchors": 2, "open
 TOKENS, WORDS, STEPS, RATE = 64, 64, 3, 0.5
 SMALL = {"reduce_bucket_size": 700, "allgather_bucket_size": 700, "stage3_prefetch_bucket_size": 700,
          "sub_group_size": 900, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 5000}
-OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+OFFLOAD = {stage: {"offload_optimizer": {"device": "cpu"}} for stage in (1, 2)}
+OFFLOAD[3] = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 
 
 @dataclass(frozen=True)
@@ -213,11 +214,15 @@ def full_parameters(engine: Any) -> dict[str, Tensor]:
 CASES: dict[str, Case] = {
     **{f"stage {stage}, accumulation, clipping": Case(stage, accumulation=2, clip=0.3) for stage in range(4)},
     **{f"stage {stage}, small buckets": Case(stage, zero=SMALL) for stage in (1, 2, 3)},
-    **{f"stage {stage}, offload": Case(stage, zero=OFFLOAD, clip=0.3) for stage in (2, 3)},
+    **{f"stage {stage}, offload": Case(stage, zero=OFFLOAD[stage], clip=0.3) for stage in (2, 3)},
+    "stage 3, offload of parameters alone": Case(
+        3, zero={**SMALL, "offload_param": OFFLOAD[3]["offload_param"]}, accumulation=2, clip=0.3),
     **{f"stage {stage}, own model, DeepSpeed recomputes": Case(stage, model="own", recompute="deepspeed")
        for stage in (2, 3)},
     "stage 1, torch recomputes, contiguous": Case(1, recompute="torch", muse={"layout": "contiguous"}),
     "stage 3, torch recomputes, zero.Init": Case(3, recompute="torch", sharded_start=True),
+    "stage 3, zero.Init, three batch sizes, accumulation, clipping": Case(
+        3, sharded_start=True, accumulation=2, clip=0.3, json={"train_batch_size": 2}),
     "stage 1, one layer": Case(1, muse={"layers": "1"}),
     "stage 2, moments": Case(2, recompute="torch", muse={"exchange": "moments"}),
     **{f"stage {stage}, bf16": Case(stage, clip=0.3, json={"bf16": {"enabled": True}}) for stage in range(4)},

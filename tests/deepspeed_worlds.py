@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.deepspeed_runs import (
+    OFFLOAD,
     STEPS,
     TOKENS,
     WORDS,
@@ -31,8 +32,9 @@ ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.02, "eps": 0.01, "torc
 
 
 def saved(stage: int, context: int = 2, universal: bool = False) -> Case:
-    """A run with an optimizer and a schedule that must be restored, too."""
-    return Case(stage, context=context, json={**ADAM, "checkpoint": {"load_universal": universal}})
+    """A run with an optimizer and a schedule that must be restored, too. The last stage keeps all on the CPU."""
+    return Case(stage, context=context, zero=OFFLOAD[3] if stage == 3 else {},
+                json={**ADAM, "checkpoint": {"load_universal": universal}})
 
 
 def save_runs(folder: str) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("deepspeed")
 
 from muse_dist import MuseConfig
-from muse_dist.deepspeed_section import MuseSection, read_config
+from muse_dist.deepspeed_section import MuseSection, read_config, without_total
 
 REST = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 SECTION = {"preset": "fast", "opened": 8, "context_parallel_size": 4, "layers": "1-3,6", "layout": "contiguous",
@@ -69,6 +69,9 @@ def test_bad_sections_are_refused_with_the_fix(section, message):
     ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_hpz_partition_size: not supported"),
     ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size: not supported"),
     ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients: not supported"),
+    ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients: .*leave it out"),
+    ({"checkpoint": {"writer": {"decoupled": True}}}, "checkpoint.writer: does not know ranks.*leave it out"),
+    ({"datastates_ckpt": {}}, "datastates_ckpt: is still writing.*leave it out"),
     ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor: not supported"),
     ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op: the loss is scaled for"),
     ({"activation_checkpointing": {"partition_activations": True}}, "partition_activations: ranks hold different"),
@@ -88,6 +91,30 @@ def test_settings_of_deepspeed_that_do_not_fit_are_refused(changes, message):
 def test_one_rank_a_sequence_leaves_deepspeed_its_choices():
     changes = {"zero_optimization": {"stage": 3, "reduce_scatter": False}, "gradient_predivide_factor": 2.0}
     assert read_config(config(changes, context_parallel_size=1))[1] == {**REST, **changes}
+
+
+@pytest.mark.parametrize("sizes, replicas, wanted", [
+    ((12, 2, 3), 2, (None, 2, 3)),
+    ((12, 2, None), 2, (None, 2, 3)),
+    ((12, None, 3), 2, (None, 2, 3)),
+    ((12, None, None), 2, (None, 6, 1)),
+    ((None, 2, 3), 2, (None, 2, 3)),
+    ((12, "auto", 3), 2, (12, "auto", 3)),
+    ((12, 0, 3), 2, (12, 0, 3)),
+])
+def test_batches_are_given_by_rank_alone(sizes, replicas, wanted):
+    assert without_total(batch(sizes), replicas) == batch(wanted)
+
+
+@pytest.mark.parametrize("sizes", [(12, 2, 2), (12, 5, None), (2, 4, None), (12, None, 5), (13, None, None)])
+def test_batches_that_do_not_fit_are_refused(sizes):
+    with pytest.raises(ValueError, match=f"train_batch_size={sizes[0]} is not .* leave out train_batch_size"):
+        without_total(batch(sizes), 2)
+
+
+def batch(sizes):
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {name: size for name, size in zip(names, sizes) if size is not None}
 
 
 @pytest.mark.parametrize("values, message", [
