@@ -5,18 +5,25 @@ collective for all heads and sequences of the batch, in sizes that are the same 
 """
 from __future__ import annotations
 
+import logging
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from queue import SimpleQueue
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# What the ranks of a group have agreed on. It dies with the group.
+LOG = logging.getLogger("muse_dist")
+SUCCESS = 0  # of PyTorch's WorkResult, which torch.distributed does not export
+
+# What the ranks of a group have agreed on, and which of its exchanges are under way. Both die with the group.
 _AGREED: weakref.WeakKeyDictionary[ProcessGroup, set[str]] = weakref.WeakKeyDictionary()
+_UNDER_WAY: weakref.WeakKeyDictionary[ProcessGroup, SimpleQueue[_Posted | None]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -44,12 +51,14 @@ class Pending:
     finish: Callable[[], list[Tensor]]
 
     def wait(self) -> list[Tensor]:
-        """Raises RuntimeError naming the exchange if a rank failed or the group's timeout passed."""
+        """Raises RuntimeError naming the exchange if a rank failed or the group's timeout passed.
+
+        NCCL lets only the GPU wait; what fails there is named in the log, before PyTorch ends the process.
+        """
         try:
             self.work.wait()
         except Exception as error:
-            raise RuntimeError(f"exchange '{self.name}' was pending on {self.where} and failed, because another rank "
-                               f"died, hung or left: {error}") from error
+            raise RuntimeError(f"{_failure(self.name, self.where)}: {error}") from error
         return self.finish()
 
 
@@ -73,7 +82,7 @@ class Communicator:
         send = _to_bytes([x])
         received = send.new_empty(self.size * send.numel())
         parts = list(received.chunk(self.size))
-        work = self._post(name, lambda: dist.all_gather(parts, send, group=self.group, async_op=True))
+        work = self._post(name, send.device, lambda: dist.all_gather(parts, send, group=self.group, async_op=True))
         self._count(name, (self.size - 1) * send.numel())
         spec = [(x.shape, x.dtype)]
         return Pending(name, work, self._where(), send, lambda: [_from_bytes(part, spec)[0] for part in parts])
@@ -89,7 +98,7 @@ class Communicator:
         buffers = [_to_bytes(tensors, device) for tensors in send]
         sizes = [sum(padded(prod(shape) * dtype.itemsize) for shape, dtype in specs) for specs in receive]
         data, received = torch.cat(buffers), torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        work = self._post(name, lambda: dist.all_to_all_single(
+        work = self._post(name, device, lambda: dist.all_to_all_single(
             received, data, sizes, [b.numel() for b in buffers], group=self.group, async_op=True))
         self._count(name, sum(sizes))
         specs = [spec for part in receive for spec in part]
@@ -121,13 +130,18 @@ class Communicator:
                              + "; ".join(f"rank {rank}: {spoken}" for rank, (spoken, _) in enumerate(said)))
         known.add(key)
 
-    def _post(self, name: str, call: Callable[[], dist.Work | None]) -> dist.Work:
+    def _post(self, name: str, device: torch.device, call: Callable[[], dist.Work | None]) -> dist.Work:
         try:
             work = call()
         except Exception as error:
             raise RuntimeError(f"exchange '{name}' could not be posted on {self._where()}, because another rank died, "
                                f"hung or left: {error}") from error
         assert work is not None
+        # While a CUDA graph is captured nothing is under way, and no result would ever come.
+        if (f"{device.type}:nccl" in dist.get_backend_config(self.group)
+                and not torch.cuda.is_current_stream_capturing()):
+            result = work.get_future_result()  # type: ignore[attr-defined]  # its stubs lack it
+            _watch(self.group, _Posted(_failure(name, self._where()), result))
         return work
 
     def _where(self) -> str:
@@ -136,6 +150,40 @@ class Communicator:
     def _count(self, name: str, count: int) -> None:
         if self.counter is not None:
             self.counter.add(name, count)
+
+
+@dataclass(frozen=True)
+class _Posted:
+    """An exchange of NCCL's, with what to say if it fails and how PyTorch tells."""
+
+    failure: str
+    result: torch.futures.Future[int]
+
+
+def _watch(group: ProcessGroup, posted: _Posted) -> None:
+    """Have a thread say which exchange it was if this one fails. Neither host nor GPU waits for it."""
+    queue = _UNDER_WAY.get(group)
+    if queue is None:
+        queue = _UNDER_WAY[group] = SimpleQueue()
+        weakref.finalize(group, queue.put, None)
+        threading.Thread(target=_name_failures, args=(queue,), name="muse_dist exchanges", daemon=True).start()
+    queue.put(posted)
+
+
+def _name_failures(queue: SimpleQueue[_Posted | None]) -> None:
+    """Log the failures of exchanges, in the order they were posted, until the queue says None.
+
+    PyTorch's watchdog gives the results, and ends the process soon after the first that is none.
+    """
+    while (posted := queue.get()) is not None:
+        # Many are done at once: asking first spares a change of threads for each.
+        result = posted.result.value() if posted.result.done() else posted.result.wait()
+        if result != SUCCESS:
+            LOG.error("%s: see the message of PyTorch's NCCL watchdog", posted.failure)
+
+
+def _failure(name: str, where: str) -> str:
+    return f"exchange '{name}' was pending on {where} and failed, because another rank died, hung or left"
 
 
 def padded(count: int) -> int:

@@ -2,10 +2,14 @@
 import ast
 import datetime
 import gc
+import logging
 import os
+import threading
 import time
 import weakref
 from pathlib import Path
+from queue import SimpleQueue
+from unittest import mock
 
 import pytest
 import torch
@@ -161,6 +165,95 @@ def test_a_failure_names_the_exchange(how):
         message, chained, seconds = found[rank].value
         assert message.startswith("exchange 'second'") and f"rank {rank} of 3" in message and "another rank" in message
         assert chained and seconds < 20
+
+
+class NcclWork:
+    """What NCCL returns for an exchange: `wait` makes the GPU wait, not the host, and raises nothing."""
+
+    def __init__(self, result):
+        self.result = result
+
+    def wait(self):
+        return True
+
+    def get_future_result(self):
+        return self.result
+
+
+def fail_without_an_exception():
+    """Exchanges of a group that seems to be NCCL's: one is done, one fails, one is captured, one fails later.
+
+    What is logged before and after the failures, and whether the thread and the group end.
+    """
+    results = [torch.futures.Future() for _ in range(4)]
+    works, logged = map(NcclWork, results), SimpleQueue()
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.put(record.getMessage())
+    logging.getLogger("muse_dist").addHandler(handler)
+    group = dist.new_group()
+    with mock.patch.object(dist, "get_backend_config", lambda group: "cpu:nccl"), \
+            mock.patch.object(dist, "all_gather", lambda *args, **options: next(works)), \
+            mock.patch.object(torch.cuda, "is_current_stream_capturing", side_effect=[False, False, True, False]):
+        for name in ("done", "failed", "captured", "late"):
+            Communicator(group).all_gather(name, torch.ones(3)).wait()
+    watching = [thread for thread in threading.enumerate() if thread.name == "muse_dist exchanges"]
+    results[0].set_result(0)
+    time.sleep(0.1)
+    early = logged.empty()
+    results[1].set_result(1)
+    said = [logged.get(timeout=20)]
+    results[3].set_result(2)
+    said.append(logged.get(timeout=20))
+    gone = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    for thread in watching:
+        thread.join(timeout=20)
+    return early, said, logged.empty(), len(watching), gone() is None, [thread.is_alive() for thread in watching]
+
+
+def test_a_failure_on_nccl_is_logged_with_the_exchange():
+    for rank, found in enumerate(run_ranks(2, fail_without_an_exception)):
+        early, said, quiet, threads, gone, alive = found
+        assert early and quiet and threads == 1 and gone and alive == [False]
+        for name, text in zip(("failed", "late"), said, strict=True):
+            assert text.startswith(f"exchange '{name}' was pending on rank {rank} of 2 and failed"), text
+            assert "another rank died, hung or left: see the message of PyTorch's NCCL watchdog" in text
+
+
+def hang_on_nccl(folder):
+    """Rank 1 leaves rank 0 alone with an exchange. PyTorch then ends rank 0, which waits for its GPU."""
+    rank = dist.get_rank()
+    logging.getLogger("muse_dist").addHandler(logging.FileHandler(Path(folder, f"{rank}.log")))
+    torch.cuda.set_device(rank)
+    comm = Communicator(dist.new_group(backend="nccl", timeout=datetime.timedelta(seconds=5)))
+    x = torch.ones(1000, device="cuda")
+    comm.all_gather("first", x).wait()
+    torch.cuda.synchronize()
+    if rank == 1:
+        time.sleep(120)
+    start = time.monotonic()
+    comm.all_gather("second", x).wait()
+    Path(folder, "posted").write_text(str(time.monotonic() - start))
+    torch.cuda.synchronize()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_failure_on_gpus_is_logged_with_the_exchange(tmp_path):
+    found = outcomes(2, hang_on_nccl, str(tmp_path), limit=60, lost=1)
+    assert float(Path(tmp_path, "posted").read_text()) < 1  # the host does not wait
+    assert found[0].died, found[0].trace
+    assert "exchange 'second' was pending on rank 0 of 2 and failed" in Path(tmp_path, "0.log").read_text()
+
+
+def threads_after_an_exchange():
+    Communicator(dist.group.WORLD).all_gather("a", torch.ones(3)).wait()
+    return [thread.name for thread in threading.enumerate() if "muse_dist" in thread.name]
+
+
+def test_gloo_needs_no_thread():
+    assert run_ranks(2, threads_after_an_exchange) == [[], []]
 
 
 def test_counter_adds_up():
