@@ -69,7 +69,9 @@ def register(
     Raises:
         ValueError, TypeError: for a bad `name` or `config`. The registered attention itself raises ValueError, with the
             fix, for padding, packed sequences, windows shorter than the sequence, custom masks, dropout, and layers
-            whose causality is not that of `config`.
+            whose causality is not that of `config`. With `group`, a rank that is refused a batch the others accept
+            stops alone: they wait for it in an exchange until the group's timeout, and then raise RuntimeError that
+            names the exchange. Its own message says why.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
