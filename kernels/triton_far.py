@@ -41,7 +41,7 @@ def far_field(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     grid, constants = call.launch(tile)
-    _forward[grid](*call.tensors, leaf_span(sight, call.per_block), out, lse, *call.numbers, **constants)
+    _forward[grid](*call.tensors, out, lse, *call.numbers, **constants)
     return out, lse
 
 
@@ -61,15 +61,17 @@ class FarCall:
         leaf = Moments(*(x.contiguous() for x in leaf))
         self.per_block = leaves // sight.key.shape[0]
         self.parts = anchor.shape[3] if use is None else use.shape[-1]
+        span = leaf_span(sight, self.per_block)
+        use = None if use is None else use.contiguous()
+        bias = _shift(anchor, leaf, span if use is None else None, scale)
         held = 0
-        if slots and k is not None and v is not None:
+        if slots and k is not None and v is not None and opened is not None:
             (k, held), (v, _) = keep_heads(k), keep_heads(v)
+            opened = opened.contiguous()
+            bias = _leave_out(bias, opened, use, span, self.parts)
         self.tensors = (
-            q, anchor, _shift(anchor, leaf, sight, scale), leaf.key, leaf.value, leaf.trace if trace else None,
-            k if slots else None, v if slots else None, flags(valid),
-            None if opened is None or not slots else opened.contiguous(),
-            None if opened is None or not slots else _hidden(opened.contiguous(), leaves),
-            None if use is None else use.contiguous(), sight.query, sight.key)
+            q, anchor, bias, leaf.key, leaf.value, leaf.trace if trace else None, k if slots else None,
+            v if slots else None, flags(valid), opened if slots else None, use, sight.query, sight.key, span)
         self.numbers = (scale, blocks, groups, leaves, held, leaf.mass.shape[2] if use is not None else 0, sight.halo)
         self.shape = q.shape
         self.constants = {
@@ -87,19 +89,18 @@ class FarCall:
             "KEYS": side(keys, tile.keys, tile.warps), "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def _shift(anchor: Tensor, leaf: Moments, sight: Sight, scale: float) -> Tensor:
+def _shift(anchor: Tensor, leaf: Moments, span: Tensor | None, scale: float) -> Tensor:
     """mass - scale * anchor.key in base 2, fp32 in the shape of mass: the logit of a leaf for the query 0.
 
-    With it a logit is shift + scale * q.key: queries are multiplied as they came, not rounded minus the anchor.
+    With it a logit is shift + scale * q.key: queries are multiplied as they came, not rounded minus the anchor. `span`
+    [n, 2] bounds the leaves that each block sees; None where blocks share their anchors.
     """
-    shared = anchor.dim() == 4  # anchors [B, K, Q, D] of all blocks together, instead of [B, K, n, A, D]
     parts, leaves, dim = anchor.shape[-2], leaf.mass.shape[-1], anchor.shape[-1]
     shift = torch.empty(leaf.mass.shape, dtype=torch.float32, device=anchor.device)
-    span = None if shared else leaf_span(sight, leaves // sight.key.shape[0])
     rows = 64
     grid = (-(-leaves // rows), anchor[0, 0].numel() // dim, anchor.shape[0] * anchor.shape[1])
     _shift_kernel[grid](
-        anchor, leaf.mass, leaf.key, span, shift, scale, grid[1], leaves, PARTS=parts, SHARED=shared, ROWS=rows,
+        anchor, leaf.mass, leaf.key, span, shift, scale, grid[1], leaves, PARTS=parts, SHARED=span is None, ROWS=rows,
         DIM=dim, DIM_PAD=padded(dim))
     return shift
 
@@ -128,30 +129,42 @@ def anchor_of(use, part, batch, anchors, SHARED: tl.constexpr):
     return source
 
 
-def _hidden(opened: Tensor, leaves: int) -> Tensor:
-    """uint8 [B, K, n, U, J]: 1 for the leaves that a group has opened, which its far field leaves out."""
-    groups, slots = opened.shape[:4].numel(), opened.shape[4]
-    hidden = torch.empty((*opened.shape[:4], leaves), dtype=torch.uint8, device=opened.device)
-    _hidden_kernel[groups, -(-leaves // 1024)](
-        opened, hidden, leaves, SLOTS=slots, COUNT=min(1024, padded(leaves)))
-    return hidden
+def _leave_out(shift: Tensor, opened: Tensor, use: Tensor | None, span: Tensor, parts: int) -> Tensor:
+    """fp32 [B, K, n, U, J]: what `_shift` says of every leaf to every group, -inf for those the group has opened.
+
+    Leaves out of sight are not written. The kernels can fetch fp32 ahead of its use, which they cannot with flags.
+    """
+    (blocks, groups, slots), leaves = opened.shape[2:], shift.shape[-1]
+    bias = torch.empty((*opened.shape[:4], leaves), dtype=torch.float32, device=shift.device)
+    count = min(1024, padded(leaves))
+    _leave_out_kernel[opened.shape[:4].numel(), -(-leaves // count)](
+        shift, opened, use, span, bias, blocks, leaves, shift.shape[2], GROUPS=groups, PARTS=parts, SLOTS=slots,
+        SHARED=use is not None, COUNT=count)
+    return bias
 
 
 @triton.jit
-def _hidden_kernel(opened, hidden, leaves, SLOTS: tl.constexpr, COUNT: tl.constexpr):
+def _leave_out_kernel(shift, opened, use, span, bias, blocks, leaves, anchors, GROUPS: tl.constexpr,
+                      PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, COUNT: tl.constexpr):
     group = tl.program_id(0).to(tl.int64)
+    block = group // GROUPS
+    part = block * PARTS + group % GROUPS * PARTS // GROUPS
+    source = anchor_of(use, part, block // blocks, anchors, SHARED)
     leaf = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
-    result = tl.zeros((COUNT,), tl.int1)
-    for slot in range(SLOTS):
-        result = result | (leaf == tl.load(opened + group * SLOTS + slot))
-    tl.store(hidden + group * leaves + leaf, result.to(tl.uint8), mask=leaf < leaves)
+    begin = tl.load(span + block % blocks * 2)
+    stop = tl.load(span + block % blocks * 2 + 1)
+    ok = (leaf >= begin) & (leaf < stop)
+    result = tl.load(shift + source * leaves + leaf, mask=ok, other=0.0)
+    for slot in tl.static_range(SLOTS):
+        result = tl.where(leaf == tl.load(opened + group * SLOTS + slot), float("-inf"), result)
+    tl.store(bias + group * leaves + leaf, result, mask=ok)
 
 
 @triton.jit
-def seen_leaves(leaf, start, stop, query_id, key_ids, halo, PER_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+def seen_leaves(leaf, stop, query_id, key_ids, halo, PER_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
                 GAPS: tl.constexpr):
-    """Which of some leaves a query block sees; start and stop are its `leaf_span`."""
-    ok = (leaf >= start) & (leaf < stop)
+    """Which leaves from the first of its `leaf_span` on, which ends before `stop`, a query block sees."""
+    ok = leaf < stop
     if GAPS:
         ok = ok & sees(query_id, tl.load(key_ids + leaf // PER_BLOCK, mask=ok, other=0), halo, CAUSAL)
     return ok
@@ -160,15 +173,17 @@ def seen_leaves(leaf, start, stop, query_id, key_ids, halo, PER_BLOCK: tl.conste
 @triton.jit
 def opened_keys(opened, valid, turn, held_from, SLOTS: tl.constexpr, LEAF: tl.constexpr, KEYS: tl.constexpr,
                 HAS_VALID: tl.constexpr):
-    """Tile `turn` of the keys of a group's opened leaves: their rows among all keys, and which exist.
+    """Tile `turn` of the keys of a group's opened leaves: their rows among all keys, which exist, and if any does.
 
     A tile is part of a leaf or, where leaves are shorter than tiles, holds several.
     """
     if KEYS <= LEAF:
         tiles: tl.constexpr = (LEAF + KEYS - 1) // KEYS
         leaf = tl.load(opened + turn // tiles).to(tl.int64)
+        some = leaf >= 0
+        leaf = tl.maximum(leaf, 0)  # an empty slot reads some leaf, so that the mask is known before the slot is
         place = turn % tiles * KEYS + tl.arange(0, KEYS)
-        ok = place < tl.where(leaf >= 0, LEAF, 0)
+        ok = place < LEAF
     else:
         each: tl.constexpr = KEYS // LEAF
         lane = tl.arange(0, KEYS)
@@ -177,17 +192,29 @@ def opened_keys(opened, valid, turn, held_from, SLOTS: tl.constexpr, LEAF: tl.co
         leaf = tl.load(opened + slot, mask=ok, other=-1).to(tl.int64)
         place = lane % LEAF
         ok = ok & (leaf >= 0)
+        some = turn >= 0
     if HAS_VALID:
         ok = ok & (tl.load(valid + leaf * LEAF + place, mask=ok, other=0) != 0)
-    return (held_from + leaf) * LEAF + place, ok
+    return (held_from + leaf) * LEAF + place, ok, some
 
 
 @triton.jit
-def _absorb(out, top, total, logit, values):
-    """One step of the online softmax in base 2: out [rows, D] under the largest logit `top`, and its weights' sum."""
-    new = tl.maximum(top, tl.max(logit, 1))
+def mask_keys(product, ok, LEAF: tl.constexpr, KEYS: tl.constexpr, HAS_VALID: tl.constexpr):
+    """-inf for keys of a tile of `opened_keys` that do not exist; a tile of existing keys is left as it is."""
+    if HAS_VALID or LEAF % KEYS != 0:
+        product = tl.where(ok[None, :], product, float("-inf"))
+    return product
+
+
+@triton.jit
+def _absorb(out, top, total, product, factor, offset, values):
+    """One step of the online softmax in base 2: out [rows, D] under the largest logit `top`, and its weights' sum.
+
+    Logits are factor * product + offset, the offset 0 or -inf for all: so a weight costs one multiply-add and one exp2.
+    """
+    new = tl.maximum(top, tl.max(product, 1) * factor + offset)
     base = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(logit - base[:, None])
+    p = tl.exp2(product * factor - (base - offset)[:, None])
     keep = tl.exp2(top - base)
     out = tl.dot(p.to(values.dtype), values, out * keep[:, None], input_precision=PRECISION)
     return out, new, total * keep + tl.sum(p, 1)
@@ -201,8 +228,8 @@ def squared_steps(rows, about):
 
 
 @triton.jit
-def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, hidden, use, query_ids, key_ids, span, out, lse,
-             scale, blocks, groups, leaves, held, anchors, halo, SIZE: tl.constexpr, PARTS: tl.constexpr,
+def _forward(q, anchor, bias, key, value, trace, k, v, valid, opened, use, query_ids, key_ids, span, out, lse, scale,
+             blocks, groups, leaves, held, anchors, halo, SIZE: tl.constexpr, PARTS: tl.constexpr,
              PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
              CAUSAL: tl.constexpr, GAPS: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr,
              SHARED: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr,
@@ -217,6 +244,7 @@ def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, hidden, u
     rows = load_rows(q + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
     part = (batch * blocks + block) * PARTS + group % groups * PARTS // groups
     source = anchor_of(use, part, batch, anchors, SHARED)
+    bias += (at if SLOTS > 0 else source) * leaves
     query_id = tl.load(query_ids + block)
     scale2 = scale * LOG2E
     if TRACE:
@@ -226,32 +254,29 @@ def _forward(q, anchor, shift, key, value, trace, k, v, valid, opened, hidden, u
     total_out = tl.zeros((ROWS, DIM_PAD), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    begin = tl.load(span + 2 * block)
     stop = tl.load(span + 2 * block + 1)
-    for start in range(begin, stop, LEAVES):
+    for start in range(tl.load(span + 2 * block), stop, LEAVES):
         leaf = start + tl.arange(0, LEAVES)
-        ok = seen_leaves(leaf, begin, stop, query_id, key_ids, halo, PER_BLOCK, CAUSAL, GAPS)
+        ok = seen_leaves(leaf, stop, query_id, key_ids, halo, PER_BLOCK, CAUSAL, GAPS)
         mean_key = load_rows(key + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
-        logit = tl.dot(rows, tl.trans(mean_key), input_precision=PRECISION) * scale2
-        logit += tl.load(shift + source * leaves + leaf, mask=ok, other=float("-inf"))[None, :]
+        offset = tl.load(bias + leaf, mask=ok, other=float("-inf"))
+        logit = tl.dot(rows, tl.trans(mean_key), input_precision=PRECISION) * scale2 + offset[None, :]
         if TRACE:
             spread = tl.load(trace + source * leaves + leaf, mask=ok, other=0.0)
             logit += square[:, None] * spread[None, :]
-        if SLOTS > 0:  # masks of the loads do not wait for this one
-            shown = tl.load(hidden + at * leaves + leaf, mask=ok, other=1) == 0
-            logit = tl.where(shown[None, :], logit, float("-inf"))
         mean_value = load_rows(value + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
-        total_out, top, total = _absorb(total_out, top, total, logit, mean_value)
+        total_out, top, total = _absorb(total_out, top, total, logit, 1.0, 0.0, mean_value)
     if SLOTS > 0:
         key_tiles: tl.constexpr = SLOTS * ((LEAF + KEYS - 1) // KEYS) if KEYS <= LEAF else (
             (SLOTS + KEYS // LEAF - 1) // (KEYS // LEAF))
         for turn in range(key_tiles):
-            key_row, ok = opened_keys(opened + at * SLOTS, valid, turn, batch * held, SLOTS, LEAF, KEYS, HAS_VALID)
+            key_row, ok, some = opened_keys(
+                opened + at * SLOTS, valid, turn, batch * held, SLOTS, LEAF, KEYS, HAS_VALID)
             keys = load_rows(k, key_row, ok, DIM, DIM_PAD)
-            logit = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale2
-            logit = tl.where(ok[None, :], logit, float("-inf"))
+            product = mask_keys(tl.dot(rows, tl.trans(keys), input_precision=PRECISION), ok, LEAF, KEYS, HAS_VALID)
             values = load_rows(v, key_row, ok, DIM, DIM_PAD)
-            total_out, top, total = _absorb(total_out, top, total, logit, values)
+            offset = tl.where(some, 0.0, float("-inf"))
+            total_out, top, total = _absorb(total_out, top, total, product, scale2, offset, values)
     result = total_out / tl.where(total > 0, total, 1.0)[:, None]
     store_rows(out + at * SIZE * DIM, row, inside, result, DIM, DIM_PAD)
     tl.store(lse + at * SIZE + row, (top + tl.log2(total)) / LOG2E, mask=inside)

@@ -13,10 +13,9 @@ from torch import Tensor
 from muse_dist.kernels.leaf_readers import leaf_readers
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
-    LOG2E, PRECISION, BackwardTiles, backward_tiles, leaf_span, load_base2, load_rows, load_vector, products,
-    store_rows,
+    LOG2E, PRECISION, BackwardTiles, backward_tiles, load_base2, load_rows, load_vector, products, store_rows,
 )
-from muse_dist.kernels.triton_far import FarCall, anchor_of, opened_keys, seen_leaves, squared_steps
+from muse_dist.kernels.triton_far import FarCall, anchor_of, mask_keys, opened_keys, seen_leaves, squared_steps
 from muse_dist.kernels.triton_opened_backward import opened_backward
 
 
@@ -38,22 +37,22 @@ def far_field_backward(
     tile = backward_tiles(q.shape[-1], q.dtype) if tile is None else tile
     call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, use)
     dout, lse, delta = dout.contiguous(), lse.contiguous(), delta.contiguous()
-    span = leaf_span(sight, call.per_block)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    square = torch.empty(lse.shape, dtype=torch.float32, device=q.device) if trace else None
+    base = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+    square = torch.empty_like(base) if trace else None
     grid, constants = call.launch(tile.query)
-    _query_backward[grid](*call.tensors, span, dout, lse, delta, dq, square, *call.numbers, **constants)
+    _query_backward[grid](*call.tensors, dout, lse, delta, dq, base, square, *call.numbers, **constants)
     shape = (*q.shape[:3], call.parts, leaf.mass.shape[-1])
     grad = Moments(*(torch.empty((*shape, *x.shape[leaf.mass.dim():]), dtype=x.dtype, device=x.device) for x in leaf))
     if not trace:
         grad.trace.zero_()
     _, constants = call.launch(tile.moment)
     _moment_backward[-(-shape[-1] // constants["LEAVES"]), q.shape[2] * call.parts, q.shape[0] * q.shape[1]](
-        *call.tensors, span, dout, lse, delta, square, *grad, *call.numbers, **constants)
+        *call.tensors, dout, base, delta, square, *grad, *call.numbers, **constants)
     if k is None or v is None or opened is None or not opened.shape[-1]:
         return dq, grad, *(total or (None, None))
     readers = leaf_readers(opened.reshape(q.shape[0] * q.shape[1], -1, opened.shape[-1]), k.shape[2])
-    dk, dv = opened_backward(dout, q, k, v, lse, delta, readers, scale, valid, tile.opened, total)
+    dk, dv = opened_backward(dout, q, k, v, base, delta, readers, scale, valid, tile.opened, total)
     return dq, grad, dk, dv
 
 
@@ -66,13 +65,14 @@ def _query_step(dq, logit, base, rows_up, delta, keys, values):
 
 
 @triton.jit
-def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, hidden, use, query_ids, key_ids, span,
-                    dout, lse, delta, dq, squares, scale, blocks, groups, leaves, held, anchors, halo,
+def _query_backward(q, anchor, bias, key, value, trace, k, v, valid, opened, use, query_ids, key_ids, span, dout, lse,
+                    delta, dq, bases, squares, scale, blocks, groups, leaves, held, anchors, halo,
                     SIZE: tl.constexpr, PARTS: tl.constexpr,
                     PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
                     CAUSAL: tl.constexpr, GAPS: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr,
                     SHARED: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr,
                     DIM_PAD: tl.constexpr):
+    """Gradients of the rows; and log-sum-exps in base 2 and |q - a|^2 of every row, for the kernels that come after."""
     row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     batch = tl.program_id(1).to(tl.int64)
     group = blocks * groups - 1 - tl.program_id(0) // row_tiles
@@ -83,9 +83,11 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, hi
     rows = load_rows(q + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
     rows_up = load_rows(dout + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
     base = load_base2(lse + at * SIZE, row, inside)
+    tl.store(bases + at * SIZE + row, base, mask=inside)
     shared = tl.load(delta + at * SIZE + row, mask=inside, other=0.0)
     part = (batch * blocks + block) * PARTS + group % groups * PARTS // groups
     source = anchor_of(use, part, batch, anchors, SHARED)
+    bias += (at if SLOTS > 0 else source) * leaves
     query_id = tl.load(query_ids + block)
     scale2 = scale * LOG2E
     if TRACE:
@@ -96,21 +98,17 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, hi
         outward = tl.zeros((ROWS,), tl.float32)
 
     grad = tl.zeros((ROWS, DIM_PAD), tl.float32)
-    begin = tl.load(span + 2 * block)
     stop = tl.load(span + 2 * block + 1)
-    for start in range(begin, stop, LEAVES):
+    for start in range(tl.load(span + 2 * block), stop, LEAVES):
         leaf = start + tl.arange(0, LEAVES)
-        ok = seen_leaves(leaf, begin, stop, query_id, key_ids, halo, PER_BLOCK, CAUSAL, GAPS)
+        ok = seen_leaves(leaf, stop, query_id, key_ids, halo, PER_BLOCK, CAUSAL, GAPS)
         mean_key = load_rows(key + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
         mean_value = load_rows(value + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
-        logit = products(rows, mean_key) * scale2
-        logit += tl.load(shift + source * leaves + leaf, mask=ok, other=float("-inf"))[None, :]
+        offset = tl.load(bias + leaf, mask=ok, other=float("-inf"))
+        logit = products(rows, mean_key) * scale2 + offset[None, :]
         if TRACE:
             spread = tl.load(trace + source * leaves + leaf, mask=ok, other=0.0)
             logit += square[:, None] * spread[None, :]
-        if SLOTS > 0:  # masks of the loads do not wait for this one
-            shown = tl.load(hidden + at * leaves + leaf, mask=ok, other=1) == 0
-            logit = tl.where(shown[None, :], logit, float("-inf"))
         grad, d_logit = _query_step(grad, logit, base, rows_up, shared, mean_key, mean_value)
         if TRACE:
             outward += tl.sum(d_logit * spread[None, :], 1)
@@ -118,12 +116,13 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, hi
         key_tiles: tl.constexpr = SLOTS * ((LEAF + KEYS - 1) // KEYS) if KEYS <= LEAF else (
             (SLOTS + KEYS // LEAF - 1) // (KEYS // LEAF))
         for turn in range(key_tiles):
-            key_row, ok = opened_keys(opened + at * SLOTS, valid, turn, batch * held, SLOTS, LEAF, KEYS, HAS_VALID)
+            key_row, ok, some = opened_keys(
+                opened + at * SLOTS, valid, turn, batch * held, SLOTS, LEAF, KEYS, HAS_VALID)
             keys = load_rows(k, key_row, ok, DIM, DIM_PAD)
             values = load_rows(v, key_row, ok, DIM, DIM_PAD)
-            logit = products(rows, keys) * scale2
-            logit = tl.where(ok[None, :], logit, float("-inf"))
-            grad, d_logit = _query_step(grad, logit, base, rows_up, shared, keys, values)
+            logit = mask_keys(products(rows, keys), ok, LEAF, KEYS, HAS_VALID) * scale2
+            here = tl.where(some, base, float("inf"))  # exp2(logit - inf) = 0
+            grad, d_logit = _query_step(grad, logit, here, rows_up, shared, keys, values)
     grad *= scale
     if TRACE:
         grad += scale * scale * outward[:, None] * (rows.to(tl.float32) - about[None, :])
@@ -131,8 +130,8 @@ def _query_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, hi
 
 
 @triton.jit
-def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, hidden, use, query_ids, key_ids, span,
-                     dout, lse, delta, squares, d_mass, d_key, d_value, d_trace, scale, blocks, groups, leaves, held,
+def _moment_backward(q, anchor, bias, key, value, trace, k, v, valid, opened, use, query_ids, key_ids, span, dout, base,
+                     delta, squares, d_mass, d_key, d_value, d_trace, scale, blocks, groups, leaves, held,
                      anchors, halo, SIZE: tl.constexpr, PARTS: tl.constexpr,
                      PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
                      CAUSAL: tl.constexpr, GAPS: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -149,11 +148,12 @@ def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, h
     part = (batch * blocks + block) * PARTS + nth
     source = anchor_of(use, part, batch, anchors, SHARED)
     leaf = start + tl.arange(0, LEAVES)
-    seen = seen_leaves(leaf, begin, stop, tl.load(query_ids + block), key_ids, halo, PER_BLOCK, CAUSAL, GAPS)
+    seen = seen_leaves(leaf, stop, tl.load(query_ids + block), key_ids, halo, PER_BLOCK, CAUSAL, GAPS) & (leaf >= begin)
     mean_key = load_rows(key + source * leaves * DIM, leaf, seen, DIM, DIM_PAD)
     mean_value = load_rows(value + source * leaves * DIM, leaf, seen, DIM, DIM_PAD)
-    offset = tl.load(shift + source * leaves + leaf, mask=seen, other=float("-inf"))
     scale2 = scale * LOG2E
+    if SLOTS == 0:
+        offset = tl.load(bias + source * leaves + leaf, mask=seen, other=float("-inf"))
     if TRACE:
         spread = tl.load(trace + source * leaves + leaf, mask=seen, other=0.0) * (0.5 * scale * scale2)
         grad_trace = tl.zeros((LEAVES,), tl.float32)
@@ -170,14 +170,14 @@ def _moment_backward(q, anchor, shift, key, value, trace, k, v, valid, opened, h
         inside = row < SIZE
         rows = load_rows(q + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
         rows_up = load_rows(dout + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
+        if SLOTS > 0:
+            offset = tl.load(bias + at * leaves + leaf, mask=seen, other=float("-inf"))
         logit = tl.dot(mean_key, tl.trans(rows), input_precision=PRECISION) * scale2 + offset[:, None]
         if TRACE:
             square = tl.load(squares + at * SIZE + row, mask=inside, other=0.0)
             logit += spread[:, None] * square[None, :]
-        if SLOTS > 0:
-            left_out = tl.load(hidden + at * leaves + leaf, mask=seen, other=0) != 0
-            logit = tl.where(left_out[:, None], float("-inf"), logit)
-        p = tl.exp2(logit - load_base2(lse + at * SIZE, row, inside)[None, :])
+        # Rows that are not there give nothing, whatever their p: their gradients and deltas are 0.
+        p = tl.exp2(logit - tl.load(base + at * SIZE + row, mask=inside, other=0.0)[None, :])
         shared = tl.load(delta + at * SIZE + row, mask=inside, other=0.0)
         d_logit = p * (tl.dot(mean_value, tl.trans(rows_up), input_precision=PRECISION) - shared[None, :])
         rounded = d_logit.to(rows.dtype)

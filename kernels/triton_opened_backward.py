@@ -11,19 +11,19 @@ from torch import Tensor
 
 from muse_dist.kernels.leaf_readers import Readers, piece
 from muse_dist.kernels.triton_common import (
-    LOG2E, PRECISION, Tile, add_rows, flags, in_place, keep_heads, load_base2, load_rows, padded, side, store_rows,
+    LOG2E, PRECISION, Tile, add_rows, flags, in_place, keep_heads, load_rows, padded, side, store_rows,
 )
 
 
 def opened_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, readers: Readers, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, base: Tensor, delta: Tensor, readers: Readers, scale: float,
     valid: Tensor | None, tile: Tile, total: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients (dk, dv) [B, K, J, m, D] of the opened leaves, added to `total` in place if that is given.
 
     Args:
-        dout, q: [B, K, n, U, g, D]; k, v: [B, K, J, m, D]; lse, delta: fp32 [B, K, n, U, g] of the merged softmax;
-            all contiguous, except k and v.
+        dout, q: [B, K, n, U, g, D]; k, v: [B, K, J, m, D]; base, delta: fp32 [B, K, n, U, g], the log-sum-exp of
+            the merged softmax in base 2, 0 where it is -inf, and sum(dout * out); all contiguous, except k and v.
         readers: `leaf_readers` of the opened leaves; valid: bool [J, m], which keys exist; all if None.
     """
     leaves, leaf, dim = k.shape[2:]
@@ -38,7 +38,7 @@ def opened_backward(
     tiles = -(-leaf // keys)
     groups = q.shape[2] * q.shape[3]
     _backward[readers.cuts + leaves * batch, tiles](
-        dout, q, k, v, flags(valid), lse, delta, *readers[:3], partial, dk_at, dv_at, scale, batch, leaves, held,
+        dout, q, k, v, flags(valid), base, delta, *readers[:3], partial, dk_at, dv_at, scale, batch, leaves, held,
         held_out, readers.cuts, readers.longest, SLOTS=readers.slot.shape[0] // (batch * groups), SIZE=size,
         HAS_VALID=valid is not None, ROWS=max(tile.rows, 4 * tile.warps), num_stages=tile.stages, **constants)
     _add_partials[leaves * batch, tiles](
@@ -47,7 +47,7 @@ def opened_backward(
 
 
 @triton.jit
-def _backward(dout, q, k, v, valid, lse, delta, slot, name, bounds, partial, dk, dv, scale, batch, leaves, held,
+def _backward(dout, q, k, v, valid, base, delta, slot, name, bounds, partial, dk, dv, scale, batch, leaves, held,
               held_out, cuts, longest, SLOTS: tl.constexpr, SIZE: tl.constexpr, HAS_VALID: tl.constexpr,
               ROWS: tl.constexpr, LEAF: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, DIM_PAD: tl.constexpr,
               ADD: tl.constexpr):
@@ -79,7 +79,8 @@ def _backward(dout, q, k, v, valid, lse, delta, slot, name, bounds, partial, dk,
         logit = tl.dot(keys, tl.trans(rows), input_precision=PRECISION) * (scale * LOG2E)
         if HAS_VALID:
             logit = tl.where(exists[:, None], logit, float("-inf"))
-        p = tl.exp2(logit - load_base2(lse, row, ok)[None, :])
+        # Rows that are not there give nothing, whatever their p: their gradients and deltas are 0.
+        p = tl.exp2(logit - tl.load(base + row, mask=ok, other=0.0)[None, :])
         shared = tl.load(delta + row, mask=ok, other=0.0)
         d_logit = p * (tl.dot(values, tl.trans(rows_up), input_precision=PRECISION) - shared[None, :])
         grad_v = tl.dot(p.to(rows.dtype), rows_up, grad_v, input_precision=PRECISION)
