@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from launch.config import RunConfig
 from launch.corpus import VOCABULARY
 from launch.ranks import Ranks
-from muse_dist import ByteCounter
+from muse_dist import ByteCounter, MuseConfig
 from muse_dist.attention import near_only
 from muse_dist.huggingface import register
 from muse_dist.layout import Layout
@@ -31,14 +31,22 @@ Losses = Callable[[Tensor, "Tensor | None"], Tensor]
 def register_attentions(config: RunConfig, ranks: Ranks | None = None, counter: ByteCounter | None = None) -> None:
     """Make the names of `ATTENTIONS` known to transformers; "muse_near" is always on one device."""
     muse = config.muse
-    # All blocks in the halo: nothing is far, which is exact attention.
-    exact = dataclasses.replace(muse, halo=-(-config.data.context // muse.block), exchange="kv")
+    exact = exact_settings(config, 1 if ranks is None else ranks.size)
     for name, settings in (("muse", muse), ("muse_exact", exact)):
         if ranks is None or ranks.group is None:
             register(settings, name)
         else:
             register(settings, name, group=ranks.group, layout=ranks.layout, counter=counter)
     register(muse, name="muse_near", function=near_only)
+
+
+def exact_settings(config: RunConfig, ranks: int) -> MuseConfig:
+    """All blocks in the halo: nothing is far, which is exact attention. The largest blocks take the fewest kernels."""
+    block, context = config.muse.block, config.data.context
+    chunk = context // (ranks * (2 if config.layout == "zigzag" and ranks > 1 else 1))
+    while block < chunk and chunk % (2 * block) == 0:
+        block *= 2
+    return dataclasses.replace(config.muse, block=block, halo=-(-context // block), exchange="kv")
 
 
 def build_model(
@@ -56,13 +64,14 @@ def build_model(
         raise ValueError(f"model.vocabulary={shape.vocabulary} is less than the {vocabulary} tokens of the data; "
                          "take at least that, or 0")
     torch.manual_seed(config.train.seed)
-    model = LlamaForCausalLM(LlamaConfig(
+    llama = LlamaConfig(
         vocab_size=shape.vocabulary or vocabulary, hidden_size=shape.width, intermediate_size=shape.mlp,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
         max_position_embeddings=config.data.context, tie_word_embeddings=True, use_cache=False,
         bos_token_id=None, eos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta}, attn_implementation="muse"))
-    return model.to(device)
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta}, attn_implementation="muse")
+    with device:  # a GPU draws a billion weights in a moment
+        return LlamaForCausalLM(llama)
 
 
 def recompute_activations(model: LlamaForCausalLM) -> None:

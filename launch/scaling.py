@@ -2,37 +2,36 @@
 
     python -m launch.scaling --config configs/125m.toml configs/350m.toml --context 16384 65536 --ranks 1 2 4 \\
         --steps 20 --out runs/scaling
-    python -m launch.scaling --report --out runs/scaling
+    python -m launch.scaling --config configs/1b.toml --ranks 1 2 4 --speed-only --side-by-side 4 --steps 5
+    python -m launch.scaling --report --out runs/scaling --page launch/results/scaling.md
 
 Every run is `launch.train` under torchrun on this node, whose ranks share every sequence unless
-`--set train.context_parallel=N` says otherwise. OUT/rows.jsonl gets a line a run, also for one that failed; the same
-command goes on where it was interrupted, inside a run too. launch.plan takes the rows to calibrate itself.
+`--set train.context_parallel=N` says otherwise. With --speed-only nothing is learned: runs on as many ranks time steps
+over random tokens in the same processes. OUT/rows.jsonl gets a line a run, also for one that failed; the same command
+goes on where it was interrupted, without --speed-only inside a run too. launch.plan takes the rows to calibrate itself.
 """
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
-from types import FrameType
+from threading import Event, Lock
 from typing import Any
 
-from launch.config import RunConfig
+from launch.config import RunConfig, parse_changes
+from launch.flops import step_flops
 from launch.options import described_device, pick_device, write_line
 from launch.scaling_report import write_report
-from launch.scaling_row import measured, reason
+from launch.scaling_row import Row, measured, reason
+from launch.scaling_runs import Slot, ending, run, side_by_side, slots
 
-Row = dict[str, Any]
 ROWS = "rows.jsonl"
-GRACE = 60.0  # seconds from SIGTERM, at which launch.train saves, to SIGKILL
 BULKY = ("checkpoints", "model", "tensorboard")  # of a finished run
 
 
@@ -59,11 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         rows = read_done(options.out / ROWS)
         if not options.report:
-            with _ending():
+            with ending():
                 rows = sweep(options, rows)
         if not rows:
             raise ValueError(f"{options.out / ROWS} has no rows; start without --report")
-        print(write_report(list(rows.values()), options.out))
+        print(write_report(list(rows.values()), options.page or options.out / "report.md"))
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     return int(any("failed" in row for row in rows.values()))
@@ -91,25 +90,131 @@ def read_done(path: Path) -> dict[Job, Row]:
     return rows
 
 
+class Sweep:
+    """What all runs have in common, and their rows."""
+
+    def __init__(self, options: argparse.Namespace, rows: dict[Job, Row], configs: dict[str, Path]) -> None:
+        self.options, self.rows, self.configs = options, rows, configs
+        self.device = pick_device(options.device)
+        self._lock = Lock()
+
+    def add(self, job: Job, row: Row) -> None:
+        """Keep what is known of a run now, and print it."""
+        row = {"benchmark": "scaling", **asdict(job), "device": described_device(self.device), **row}
+        with self._lock:
+            write_line(self.options.out / ROWS, row)
+            self.rows[job] = row
+            print(f"{job.name}: {row.get('failed') or format_speed(row)}", file=sys.stderr, flush=True)
+
+    def changes(self, job: Job) -> list[str]:
+        """Settings of a run that are not the file's. One rank has nobody to split weights with."""
+        return [f"data.context={job.context}", *self.options.set, *(["train.shard=false"] if job.ranks == 1 else [])]
+
+    def config(self, job: Job) -> RunConfig:
+        """The settings of a run."""
+        return RunConfig.from_toml(self.configs[job.model], changes={
+            **parse_changes(self.changes(job)), "train.attention": job.attention})
+
+    def train(self, job: Job, slot: Slot, stop: Event) -> None:
+        """A run of launch.train."""
+        options, folder = self.options, self.options.out / job.name
+        folder.mkdir(exist_ok=True)
+        command = ["launch.train", "--config", str(self.configs[job.model]), "--out", str(options.out),
+                   "--name", job.name, "--attention", job.attention, "--steps", str(options.steps),
+                   "--device", options.device, "--wandb", options.wandb,
+                   *(["--data", options.data] if options.data else []), "--set", *self.changes(job)]
+        log = folder / "log.txt"
+        status = run(_torchrun(job.ranks, command), log, options.limit, slot, stop)
+        if status is None:
+            self.add(job, {"failed": f"not done in {options.limit:g} s; --retry goes on with it"})
+        elif status or not (folder / "results.json").exists():
+            self.add(job, {"failed": reason(log.read_text(errors="replace"), status)})
+        else:
+            self.add(job, measured(folder, options.skip))
+            for name in () if options.keep else BULKY:
+                shutil.rmtree(folder / name, ignore_errors=True)
+
+    def time(self, jobs: list[Job], slot: Slot, stop: Event) -> None:
+        """Runs on as many ranks that time their steps one after the other; where one fails the rest start afresh."""
+        options, left = self.options, list(jobs)
+        folder = options.out / "speed" / jobs[0].name
+        folder.mkdir(parents=True, exist_ok=True)
+        rows, log = folder / ROWS, folder / "log.txt"
+
+        def collect() -> int:
+            done = read_done(rows)
+            for job in [job for job in left if job in done]:
+                left.remove(job)
+                self.add(job, done[job])
+            return len(left)
+
+        while left:
+            rows.unlink(missing_ok=True)
+            task = {"device": options.device, "skip": options.skip, "rows": str(rows), "jobs": [
+                {"row": asdict(job), "config": str(self.configs[job.model]), "changes": [
+                    *self.changes(job), f"train.attention={job.attention}", f"train.steps={options.steps}",
+                    "log.probe_every=0"]} for job in left]}
+            status = run(_torchrun(jobs[0].ranks, ["launch.scaling_speed", json.dumps(task)]), log, options.limit,
+                         slot, stop, collect)
+            collect()
+            if left:
+                self.add(left.pop(0), {"failed": f"not done in {options.limit:g} s" if status is None else
+                                       reason(log.read_text(errors="replace"), status)})
+
+
 def sweep(options: argparse.Namespace, rows: dict[Job, Row]) -> dict[Job, Row]:
-    """Run what is not there yet, and with --retry what failed. Returns all rows, in the order of the sweep."""
-    device = pick_device(options.device)
-    configs = _configs(options.config)
-    jobs = [Job(*values) for values in product(configs, options.context or [0], options.ranks, options.attention)]
-    if not options.context:
-        jobs = [Job(job.model, RunConfig.from_toml(configs[job.model]).data.context, job.ranks, job.attention)
-                for job in jobs]
-    for number, job in enumerate(jobs, 1):
-        before = rows.get(job)
-        if before is not None and not (options.retry and "failed" in before):
-            continue
-        print(f"{number}/{len(jobs)} {job.name}", file=sys.stderr, flush=True)
-        row = {"benchmark": "scaling", **asdict(job), "device": described_device(device),
-               **run_job(job, configs[job.model], options)}
-        write_line(options.out / ROWS, row)
-        rows[job] = row
-        print(f"  {row.get('failed') or format_speed(row)}", file=sys.stderr, flush=True)
+    """Run what is not there yet, and with --retry what failed. Returns all rows."""
+    if not 0 <= options.skip < options.steps:
+        raise ValueError(f"--skip {options.skip} leaves none of the {options.steps} steps; take more --steps")
+    if options.speed_only and (options.data or options.keep or options.wandb != "off"):
+        raise ValueError("--speed-only reads random tokens and leaves nothing but rows: leave --data, --keep and "
+                         "--wandb out")
+    if options.side_by_side < 1:
+        raise ValueError(f"--side-by-side {options.side_by_side}: must be at least 1")
+    whole = Sweep(options, rows, _configs(options.config))
+    jobs = _jobs(options, whole.configs)
+    todo = [job for job in jobs if job not in rows or (options.retry and "failed" in rows[job])]
+    print(f"{len(todo)} of {len(jobs)} runs to do", file=sys.stderr, flush=True)
+    for ranks in dict.fromkeys(job.ranks for job in todo):
+        places = slots(whole.device, ranks, options.side_by_side)
+        mine = [job for job in todo if job.ranks == ranks]
+        work: Callable[[Any, Slot, Event], None] = whole.time if options.speed_only else whole.train
+        batches: Sequence[Any] = shares(mine, len(places), partial(_cost, whole)) if options.speed_only else mine
+        side_by_side(batches, places, work)
     return rows
+
+
+def _jobs(options: argparse.Namespace, configs: dict[str, Path]) -> list[Job]:
+    """All runs, in the order of the command's words; the first number of ranks comes first, then the first context."""
+    contexts = {model: options.context or [RunConfig.from_toml(path).data.context] for model, path in configs.items()}
+    lengths = dict.fromkeys(context for found in contexts.values() for context in found)
+    return [Job(model, context, ranks, attention)
+            for ranks, context, model, attention in product(options.ranks, lengths, configs, options.attention)
+            if context in contexts[model]]
+
+
+def shares(jobs: Sequence[Job], count: int, cost: Callable[[Job], float]) -> list[list[Job]]:
+    """Jobs dealt out, each to the share that has the least to do, in their order."""
+    found: list[list[Job]] = [[] for _ in range(count)]
+    load = [0.0] * count
+    for job in jobs:
+        place = load.index(min(load))
+        found[place].append(job)
+        load[place] += cost(job)
+    return [share for share in found if share]
+
+
+def _cost(whole: Sweep, job: Job) -> float:
+    """Operations of a run's steps."""
+    config = whole.config(job)
+    return step_flops(config.model, config.model.vocabulary, config.train.batch * job.context, job.context,
+                      config.muse if job.attention == "muse" else None)
+
+
+def _torchrun(ranks: int, command: Sequence[str]) -> list[str]:
+    """`python -m COMMAND` as one process, or by torchrun."""
+    many = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
+    return [sys.executable, "-m", *many, *command]
 
 
 def format_speed(row: Row) -> str:
@@ -127,66 +232,6 @@ def _configs(paths: Sequence[Path]) -> dict[str, Path]:
     for path in paths:
         RunConfig.from_toml(path)
     return found
-
-
-def run_job(job: Job, config: Path, options: argparse.Namespace) -> Row:
-    """Train; what was measured, or "failed" with the reason."""
-    folder = options.out / job.name
-    folder.mkdir(exist_ok=True)
-    log = folder / "log.txt"
-    status = _run(_command(job, config, options), log, options.limit)
-    if status is None:
-        return {"failed": f"not done in {options.limit:g} s; --retry goes on with it"}
-    if status or not (folder / "results.json").exists():
-        return {"failed": reason(log.read_text(errors="replace"), status)}
-    row = measured(folder, options.skip)
-    for name in () if options.keep else BULKY:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    return row
-
-
-def _command(job: Job, config: Path, options: argparse.Namespace) -> list[str]:
-    settings = [f"data.context={job.context}", *options.set]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.ranks),
-            "-m", "launch.train", "--config", str(config), "--out", str(options.out), "--name", job.name,
-            "--attention", job.attention, "--steps", str(options.steps), "--device", options.device,
-            "--wandb", options.wandb, *(["--data", options.data] if options.data else []), "--set", *settings]
-
-
-def _run(command: Sequence[str], log: Path, limit: float) -> int | None:
-    """Exit status, or None if it took longer than `limit` seconds. Nothing it started outlives this call."""
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            return process.wait(limit)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to torchrun, which tells its ranks, and after a while SIGKILL to all that is left of its session."""
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-@contextmanager
-def _ending() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that the run in progress is ended too."""
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -207,7 +252,13 @@ def _parser() -> argparse.ArgumentParser:
                         "(default: %(default)s)")
     parser.add_argument("--retry", action="store_true", help="run again what has failed")
     parser.add_argument("--keep", action="store_true", help="keep models and checkpoints of finished runs")
+    parser.add_argument("--speed-only", action="store_true", help="time steps over random tokens, with no loss, "
+                        "checkpoint or model; runs on as many ranks share the start of their processes")
+    parser.add_argument("--side-by-side", type=int, default=1, metavar="RUNS", help="at most so many at a time, each "
+                        "on GPUs of its own (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="run nothing, only write the report")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the report there, with its plots and rows "
+                        "beside it (default: OUT/report.md)")
     parser.add_argument("--wandb", choices=("off", "offline", "online"), default="off", help="of every run")
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"), help="(default: %(default)s)")
     return parser

@@ -1,6 +1,7 @@
 """Tables and plots of a scaling sweep."""
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,44 @@ Row = dict[str, Any]
 Series = dict[str, list[tuple[float, float]]]  # points (x, y) by label
 
 
-def write_report(rows: Sequence[Row], folder: Path) -> str:
-    """Write report.md and the plots it shows into `folder`; the tables are returned too.
+def write_report(rows: Sequence[Row], page: Path) -> str:
+    """Write the page, and beside it the plots it shows and the rows as JSON lines; the text is returned too.
 
-    strong.png: speed-up by ranks at the same context; weak.png: tokens/s a rank by ranks at the same tokens a rank;
-    speed.png: tokens/s a rank by context; loss.png: loss by tokens read.
+    PAGE-strong.png: speed-up by ranks at the same context; PAGE-weak.png: tokens/s a rank by ranks at the same tokens
+    a rank; PAGE-speed.png: tokens/s a rank by context; PAGE-loss.png: loss by tokens read.
     """
+    rows = sorted(rows, key=_place)
     good = [row for row in rows if "failed" not in row]
     bad = [row for row in rows if "failed" in row]
-    plots = [plot(folder / name, *make(good)) for name, make in PLOTS.items() if good]
-    parts = ["# Scaling", "", main_table(good), "", "## Strong scaling: the same sequences on more ranks", "",
-             scaling_table(good, strong), "", "## Weak scaling: the same tokens a rank", "", scaling_table(good, weak)]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    series = {name: make(good) for name, make in PLOTS.items()}
+    plots = [plot(page.with_name(f"{page.stem}-{name}.png"), *found) for name, found in series.items() if found[0]]
+    parts = ["# Scaling", "", about(good), "", main_table(good), "",
+             "## Strong scaling: the same sequences on more ranks", "", scaling_table(good, strong), "",
+             "## Weak scaling: the same tokens a rank", "", scaling_table(good, weak)]
     if bad:
         parts += ["", "## Failed", "", _markdown(["run", "reason"], [[_label(row), row["failed"]] for row in bad])]
     text = "\n".join(parts) + "\n"
-    (folder / "report.md").write_text(text + "".join(f"\n![{path.stem}]({path.name})\n" for path in plots))
+    page.write_text(text + "".join(f"\n![{path.stem}]({path.name})\n" for path in plots))
+    page.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return text
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """Where a row stands: small models, short contexts and few ranks first."""
+    return row.get("parameters", 0), row["model"], row["context"], row["attention"], row["ranks"]
+
+
+def about(rows: Sequence[Row]) -> str:
+    """What all runs have in common."""
+    if not rows:
+        return "No run was finished."
+    kinds = sorted({f"{row['device']}, torch {row['torch']}" for row in rows})
+    batches = sorted({row["config"]["train"]["batch"] for row in rows})
+    return (f"Measured on {'; '.join(kinds)}. A step reads {' or '.join(map(str, batches))} sequence(s) of `context` "
+            "tokens, which all ranks share; its time is the median of the steps after the first ones. MFU counts the "
+            "operations the model needs, not those that activation checkpointing repeats. `exact` is PyTorch's own "
+            "attention on one rank, and the same kernels on gathered keys and values on several.")
 
 
 def main_table(rows: Sequence[Row]) -> str:
@@ -35,7 +58,7 @@ def main_table(rows: Sequence[Row]) -> str:
         lines.append([row["model"], f"{row['context']}", f"{row['ranks']}", row["attention"], f"{row['seconds']:.3f}",
                       f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_second'] / row['ranks']:,.0f}",
                       "-" if use is None else f"{use:.1%}", f"{memory / 2**30:.2f}",
-                      f"{row['received_bytes'] / 2**20:,.1f}", f"{row['losses'][-1]:.3f}"])
+                      f"{row['received_bytes'] / 2**20:,.1f}", f"{row['losses'][-1]:.3f}" if row["losses"] else "-"])
     return _markdown(["model", "context", "ranks", "attention", "step s", "tokens/s", "a rank", "MFU", "GiB a rank",
                       "MiB received", "last loss"], lines)
 
@@ -109,10 +132,10 @@ def _speed_series(rows: Sequence[Row]) -> tuple[Series, str, str]:
 
 def _loss_series(rows: Sequence[Row]) -> tuple[Series, str, str]:
     return {_label(row): [((step + 1) * row["tokens"], loss) for step, loss in enumerate(row["losses"])]
-            for row in rows}, "tokens read", "loss (nats a token)"
+            for row in rows if row["losses"]}, "tokens read", "loss (nats a token)"
 
 
-PLOTS = {"strong.png": _strong_series, "weak.png": _weak_series, "speed.png": _speed_series, "loss.png": _loss_series}
+PLOTS = {"strong": _strong_series, "weak": _weak_series, "speed": _speed_series, "loss": _loss_series}
 
 
 def plot(path: Path, series: Series, x: str, y: str) -> Path:

@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from launch.config import ModelConfig
 from launch.metrics import read_metrics
@@ -14,27 +17,31 @@ Row = dict[str, Any]
 
 
 def measured(folder: Path, skip: int) -> Row:
-    """A finished run of launch.train: times are medians over the steps after the first `skip`, memory is the most.
+    """A finished run of launch.train; arguments and errors as `speed_row`."""
+    results = json.loads((folder / "results.json").read_text())
+    config, rows = results["config"], read_metrics(folder / "metrics.jsonl")
+    return {**speed_row(rows, skip, config, results["parameters"]), "losses": [row["loss"] for row in rows],
+            "held_out": results["loss"].get(config["train"]["attention"]), "torch": results["torch"]}
+
+
+def speed_row(rows: Sequence[Row], skip: int, config: Row, parameters: int) -> Row:
+    """What the metrics of a run's steps say: medians over the steps after the first `skip`, and the most memory.
 
     Raises:
         ValueError: there are no steps after these.
     """
-    results = json.loads((folder / "results.json").read_text())
-    config, rows = results["config"], read_metrics(folder / "metrics.jsonl")
     counted = [row for row in rows if row["step"] > skip]
     if not counted:
         raise ValueError(f"--skip {skip} leaves none of the {len(rows)} steps; take more --steps")
     seconds = sorted(row["seconds"] for row in counted)
     tokens, middle = config["train"]["batch"] * config["data"]["context"], statistics.median(seconds)
-    model = ModelConfig(**config["model"])
     return {"steps": len(rows), "tokens": tokens, "seconds": middle, "fastest": seconds[0], "slowest": seconds[-1],
-            "tokens_per_second": tokens / middle, "memory_bytes": max(row["memory_bytes"] for row in rows),
+            "first_step": rows[0]["seconds"], "tokens_per_second": tokens / middle,
+            "memory_bytes": max(row["memory_bytes"] for row in rows),
             "received_bytes": counted[-1]["received_bytes"], "stages": _medians([row["stages"] for row in counted]),
             "flop_utilisation": _median([row.get("flop_utilisation") for row in counted]),
-            "losses": [row["loss"] for row in rows],
-            "held_out": results["loss"].get(config["train"]["attention"]), "torch": results["torch"],
-            "parameters": results["parameters"], "vocabulary": _vocabulary(model, results["parameters"]),
-            "config": config}
+            "losses": [], "held_out": None, "torch": torch.__version__, "parameters": parameters,
+            "vocabulary": _vocabulary(ModelConfig(**config["model"]), parameters), "config": config}
 
 
 def _vocabulary(model: ModelConfig, parameters: int) -> int:

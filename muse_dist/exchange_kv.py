@@ -11,29 +11,40 @@ from muse_dist.backend import kernels_for
 from muse_dist.compute import Upstream, add_far_backward, far_forward
 from muse_dist.layout import near_pairs
 from muse_dist.shard import Shard
-from muse_dist.tree import Plan, open_blocks, order_blocks
+from muse_dist.tree import Plan, has_far_field, open_blocks, order_blocks
 
 
 class Saved(NamedTuple):
     """What the backward needs besides q, k, v, the output and its log-sum-exp; keys are gathered again."""
 
-    plan: Plan  # own queries, the keys of all blocks
+    plan: Plan | None  # own queries, the keys of all blocks; None where nothing is far
 
 
 def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Saved]:
     """Out [B, K, G, S, D] and lse [B, K, G, S] of a rank's queries, all in the working dtype, k and v [B, K, S, D]."""
     ops, config = kernels_for(s.config, q), s.config
     gathered = s.comm.all_gather("keys and values", torch.stack([k, v]).to(s.dtype))
-    plan = order_blocks(q, k, config, config.leaf, s.mine[0] == 0)
-    orders = s.comm.all_gather("key order", plan.key_order.to(torch.int32))
+    ordered = _order(s, q, k) if has_far_field(s.layout.tokens, config) else None
     parts = [ops.near_field(q, k, v, s.scale, near_pairs(s.mine, s.mine, config), config.block)]
     all_k, all_v = s.layout.join(gathered.wait(), 3).to(k.dtype)  # [B, K, N, D] each
-    plan = plan._replace(key_order=s.layout_blocks(orders.wait()).to(torch.int64),
-                         anchors=plan.anchors.to(s.dtype).to(q.dtype))
+    plan = None if ordered is None else _join_orders(s, *ordered)
     parts.append(ops.near_field(q, all_k, all_v, s.scale, s.other_pairs, config.block))
-    plan = plan._replace(opened=open_blocks(q, all_k, plan, s.mine, s.everything, config, s.scale))
-    parts.append(far_forward(q, all_k, all_v, plan, s.mine, s.everything, s.scale, config))
+    if plan is not None:
+        plan = plan._replace(opened=open_blocks(q, all_k, plan, s.mine, s.everything, config, s.scale))
+        parts.append(far_forward(q, all_k, all_v, plan, s.mine, s.everything, s.scale, config))
     return *ops.merge(parts), Saved(plan)
+
+
+def _order(s: Shard, q: Tensor, k: Tensor) -> tuple[Plan, Pending]:
+    """The structure of the rank's own blocks, and the key orders of all ranks on their way."""
+    plan = order_blocks(q, k, s.config, s.config.leaf, s.mine[0] == 0)
+    return plan, s.comm.all_gather("key order", plan.key_order.to(torch.int32))
+
+
+def _join_orders(s: Shard, plan: Plan, orders: Pending) -> Plan:
+    """The structure of own queries and all keys, once the orders are there."""
+    return plan._replace(key_order=s.layout_blocks(orders.wait()).to(torch.int64),
+                         anchors=plan.anchors.to(s.dtype).to(plan.anchors.dtype))
 
 
 def backward(
@@ -48,8 +59,9 @@ def backward(
     own = ops.near_field_backward(dout, q, k, v, out, lse, s.scale, within, config.block)
     all_k, all_v = s.layout.join(gathered.wait(), 3).to(k.dtype)
     dq, dk, dv = ops.near_field_backward(dout, q, all_k, all_v, out, lse, s.scale, s.other_pairs, config.block)
-    up = Upstream(dout, lse, ops.row_dots(dout, out))
-    add_far_backward((dq, dk, dv), up, q, all_k, all_v, plan, s.mine, s.everything, s.scale, config)
+    if plan is not None:
+        up = Upstream(dout, lse, ops.row_dots(dout, out))
+        add_far_backward((dq, dk, dv), up, q, all_k, all_v, plan, s.mine, s.everything, s.scale, config)
     grads = torch.stack([dk, dv])
     shares = [s.layout.shard(grads, rank, 3) for rank in range(s.comm.size)]
     pending = _post_shares(s, shares)

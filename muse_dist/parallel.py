@@ -74,12 +74,14 @@ class ParallelAttention(torch.autograd.Function):
 def _flatten(saved: exchange_kv.Saved | exchange_moments.Saved) -> list[Tensor]:
     """Tensors of a `Saved`, so that autograd can keep, offload and free them."""
     if isinstance(saved, exchange_kv.Saved):
-        return list(saved.plan)
+        return [] if saved.plan is None else list(saved.plan)
     return [*saved.plan, *saved.anchors, saved.everyone, *saved.halo, *(x for m in saved.messages for x in m)]
 
 
 def _unflatten(tensors: list[Tensor]) -> exchange_kv.Saved | exchange_moments.Saved:
     """The inverse of `_flatten`."""
+    if not tensors:
+        return exchange_kv.Saved(None)
     plan = Plan(*tensors[:4])
     if len(tensors) == 4:
         return exchange_kv.Saved(plan)

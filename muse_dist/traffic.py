@@ -10,6 +10,7 @@ from muse_dist.comm import padded
 from muse_dist.config import MuseConfig
 from muse_dist.layout import Layout, LayoutName, chunk_pairs, halo_blocks, needs_sinks
 from muse_dist.remote import message_specs
+from muse_dist.tree import has_far_field
 
 
 class Traffic(NamedTuple):
@@ -45,6 +46,8 @@ def traffic(
     kv = 2 * batch * kv_heads * local * dim * dtype.itemsize
     everyone = (ranks - 1) * padded(kv)
     orders = (ranks - 1) * padded(batch * kv_heads * local * torch.int32.itemsize)
+    if not has_far_field(tokens, config):
+        orders = 0
     swapped = (ranks - 1) * batch * (2 * heads + 2 * kv_heads) * local * dim * dtype.itemsize // ranks
     return Traffic(
         moments=_moments(config, shape, described, dtype, rank),

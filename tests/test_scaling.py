@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch import scaling
 from launch.plan_step import scaling_step
 from launch.scaling_report import groups, main_table, scaling_table, strong, weak, write_report
 from launch.scaling_row import measured, reason
+from launch.scaling_runs import slots
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = """
@@ -73,8 +75,9 @@ def test_a_sweep_keeps_failures_and_goes_on(arguments, tmp_path, capsys):
     assert scaling.main(["--report", "--out", str(out)]) == 1
     printed = capsys.readouterr().out
     assert "## Failed" in printed and "| small" in printed
-    for name in ("report.md", "strong.png", "weak.png", "speed.png", "loss.png"):
+    for name in ("report.md", "report.jsonl", "report-speed.png", "report-loss.png"):
         assert (out / name).stat().st_size > 100
+    assert not (out / "report-strong.png").exists(), "one number of ranks has no line"
 
 
 def test_an_interrupted_sweep_ends_its_run_and_goes_on_inside_it(arguments, tmp_path):
@@ -121,10 +124,55 @@ def test_a_line_cut_off_is_measured_again_and_another_file_is_refused(tmp_path):
         scaling.read_done(path)
 
 
+def test_speed_alone_is_timed_in_shared_processes_side_by_side(arguments, tmp_path, capfd):
+    out, page = tmp_path / "out", tmp_path / "pages" / "day-scaling.md"
+    sweep = [*arguments, "--attention", "muse", "--speed-only", "--side-by-side", "2", "--set", "train.batch=1",
+             "train.shard=true"]
+    assert scaling.main([*sweep, "--context", "96", "64", "128", "--ranks", "2", "1", "--page", str(page)]) == 1
+    rows = {scaling.Job(row["model"], row["context"], row["ranks"], row["attention"]): row for row in rows_in(out)}
+    assert len(rows) == len(rows_in(out)) == 6
+    for job, row in rows.items():
+        if (job.context, job.ranks) == (96, 2):  # three blocks a rank are no two chunks
+            assert "do not make whole blocks" in row["failed"], "and what came after it was timed"
+            continue
+        assert row["steps"] == 5 and row["losses"] == [] and row["tokens"] == job.context, row
+        assert row["config"]["train"]["shard"] == (job.ranks == 2)
+        assert row["first_step"] > 0 and row["memory_bytes"] > 0
+        assert (row["received_bytes"] > 0) == (job.ranks == 2)
+        assert scaling_step(row).setup.shape.parameters == row["parameters"]
+    assert not list(out.glob("small-*")), "nothing is left of a run but its row"
+    assert [json.loads(line)["ranks"] for line in page.with_suffix(".jsonl").read_text().splitlines()].count(2) == 3
+    assert "Measured on CPU" in page.read_text() and "![day-scaling-strong](day-scaling-strong.png)" in page.read_text()
+    assert "findfont" not in capfd.readouterr().err
+    assert scaling.main([*sweep, "--context", "64", "--ranks", "1"]) == 1, "nothing to do, and one run had failed"
+
+
+def test_a_speed_run_that_takes_too_long_does_not_keep_the_others(arguments, tmp_path):
+    slow = [*arguments, "--steps", "20000", "--limit", "0.5", "--speed-only", "--context", "64", "--attention", "exact"]
+    assert scaling.main(slow) == 1
+    row, = rows_in(tmp_path / "out")
+    assert row["failed"] == "not done in 0.5 s"
+
+
+def test_runs_are_dealt_out_by_what_they_cost():
+    jobs = [scaling.Job("a", context, 1, "exact") for context in (8, 1, 2, 3, 2)]
+    dealt = scaling.shares(jobs, 2, lambda job: job.context)
+    assert [[job.context for job in share] for share in dealt] == [[8], [1, 2, 3, 2]]
+    assert scaling.shares(jobs[:1], 4, lambda job: 1.0) == [jobs[:1]]
+
+
+def test_slots_are_gpus_of_their_own(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7,8")
+    gpu = torch.device("cuda")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(gpu, 2, 4)] == ["2,3", "5,7"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(gpu, 1, 2)] == ["2", "3"]
+    assert slots(gpu, 8, 4) == [{}] and slots(torch.device("cpu"), 8, 3) == [{}] * 3
+
+
 def made(model="a", context=1024, ranks=1, attention="muse", speed=100.0, **more):
     return {"model": model, "context": context, "ranks": ranks, "attention": attention, "tokens": context,
             "seconds": context / speed, "tokens_per_second": speed, "memory_bytes": 2 ** 30, "received_bytes": 2 ** 20,
-            "losses": [3.0, 2.5], **more}
+            "losses": [3.0, 2.5], "device": "made up", "torch": "2", "config": {"train": {"batch": 1}}, **more}
 
 
 def test_strong_and_weak_scaling_compare_what_belongs_together(tmp_path):
@@ -137,9 +185,12 @@ def test_strong_and_weak_scaling_compare_what_belongs_together(tmp_path):
     assert "80%" in scaling_table(rows, weak)
     assert scaling_table(rows[:1], strong).startswith("No runs to compare")
     assert main_table(rows).count("\n") == len(rows) + 1 and "2.500" in main_table(rows)
-    assert "## Failed" not in write_report(rows, tmp_path)
-    text = write_report([{**made(), "failed": "out of memory"}], tmp_path)
-    assert "out of memory" in text and "![" not in (tmp_path / "report.md").read_text()
+    page = tmp_path / "page.md"
+    assert "## Failed" not in write_report(rows, page)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "page-loss.png", "page-speed.png", "page-strong.png", "page-weak.png", "page.jsonl", "page.md"]
+    text = write_report([{**made(), "failed": "out of memory"}], page)
+    assert "out of memory" in text and "![" not in page.read_text() and "No run was finished" in text
 
 
 def test_times_leave_the_first_steps_out(tmp_path):
@@ -170,7 +221,9 @@ def test_reason_is_the_line_that_says_it(log, wanted):
 @pytest.mark.parametrize("arguments, message", [
     ([], "--config: give at least one"), (["--report"], "has no rows; start without --report"),
     (["--config", "configs/tiny.toml", "configs/../configs/tiny.toml"], "two files have the same name"),
-    (["--config", "missing.toml"], "missing.toml")])
+    (["--config", "missing.toml"], "missing.toml"), (["--steps", "3"], "--skip 3 leaves none of the 3 steps"),
+    (["--speed-only", "--keep"], "leaves nothing but rows: leave --data, --keep and --wandb out"),
+    (["--side-by-side", "0"], "--side-by-side 0: must be at least 1")])
 def test_command_names_what_cannot_be(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         scaling.main([*arguments, "--out", str(tmp_path)])
