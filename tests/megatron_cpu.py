@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import zlib
 from collections.abc import Callable, Iterator
@@ -91,6 +92,20 @@ def _define_what_needs_transformer_engine(stack: contextlib.ExitStack) -> None:
     stack.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
 
 
+@contextlib.contextmanager
+def full_cross_entropy() -> Iterator[None]:
+    """Megatron rounds logits to fp32, with exact attention too: its tensor parallelism then changes losses by that."""
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+
+    rounded = VocabParallelCrossEntropy.calculate_logits_max
+
+    def calculate_logits_max(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (logits.clone(), logits.amax(-1)) if logits.dtype == torch.float64 else rounded(logits)
+
+    with mock.patch.object(VocabParallelCrossEntropy, "calculate_logits_max", staticmethod(calculate_logits_max)):
+        yield
+
+
 @dataclass(frozen=True)
 class Case:
     """One way to train the model for three steps. `muse` None: Megatron's own exact attention."""
@@ -120,7 +135,7 @@ class Trained:
 
 def train_cases(cases: dict[str, Case]) -> dict[str, Trained]:
     """Every case in turn, on the ranks of the running world."""
-    with cuda_as_cpu():
+    with cuda_as_cpu(), full_cross_entropy():
         return {name: _train(case) for name, case in cases.items()}
 
 
@@ -211,9 +226,26 @@ def build_gpt(case: Case, config: Any, stage: int | None = None) -> Any:
     if case.muse is not None:
         spec = use_muse(spec, case.muse, case.layers)
     ends = {"ignore_virtual": False, "vp_stage": stage} if stage is not None else {}
-    return GPTModel(config, spec, VOCABULARY, TOKENS, position_embedding_type="rope",
-                    pre_process=state.is_pipeline_first_stage(**ends),
-                    post_process=state.is_pipeline_last_stage(**ends), vp_stage=stage)
+    with norms_of_sequence_parts():
+        return GPTModel(config, spec, VOCABULARY, TOKENS, position_embedding_type="rope",
+                        pre_process=state.is_pipeline_first_stage(**ends),
+                        post_process=state.is_pipeline_last_stage(**ends), vp_stage=stage)
+
+
+@contextlib.contextmanager
+def norms_of_sequence_parts() -> Iterator[None]:
+    """Sequence parallelism with torch's norms, for which Megatron asks for Transformer Engine or apex."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    stock = WrappedTorchNorm.__new__
+
+    def new(cls: type, config: Any, *args: Any, **options: Any) -> torch.nn.Module:
+        norm = stock(cls, dataclasses.replace(config, sequence_parallel=False), *args, **options)
+        norm.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over tensor-parallel ranks
+        return norm
+
+    with mock.patch.object(WrappedTorchNorm, "__new__", new):
+        yield
 
 
 def _named(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -294,7 +326,15 @@ def _mean_loss(parts: list[dict[str, torch.Tensor]]) -> float | None:
 def _states(models: list[Any], optimizer: Any, loading: bool) -> dict[str, Any]:
     (model,) = models
     shards = {"model": model.module.sharded_state_dict()}
-    return shards | {"optimizer": optimizer.sharded_state_dict(shards["model"], is_loading=loading)}
+    state = optimizer.sharded_state_dict(shards["model"], is_loading=loading, **_format(optimizer))
+    return shards | {"optimizer": state}
+
+
+def _format(optimizer: Any) -> dict[str, Any]:
+    """How the distributed optimizer is written, for any number of ranks: since 0.15 its default cannot be saved."""
+    known = getattr(optimizer.chained_optimizers[0], "checkpoint_fully_reshardable_formats", ())
+    name = "fully_reshardable"
+    return {"metadata": {"distrib_optim_sharding_type": name}} if name in known else {}
 
 
 def _save(folder: str, models: list[Any], optimizer: Any) -> None:
@@ -315,6 +355,32 @@ def _save(folder: str, models: list[Any], optimizer: Any) -> None:
 def _restore(folder: str, models: list[Any], optimizer: Any) -> None:
     from megatron.core import dist_checkpointing
 
-    states = dist_checkpointing.load(_states(models, optimizer, True), folder)
-    models[0].module.load_state_dict(states["model"])
-    optimizer.load_state_dict(states["optimizer"])
+    with _torch_adam(optimizer):
+        states = dist_checkpointing.load(_states(models, optimizer, True), folder)
+        models[0].module.load_state_dict(states["model"])
+        optimizer.load_state_dict(states["optimizer"])
+
+
+@contextlib.contextmanager
+def _torch_adam(optimizer: Any) -> Iterator[None]:
+    """What the distributed optimizer lacks to be restored with torch's Adam in place of Transformer Engine's or apex's.
+
+    It reads its state before there is any; it looks for the number of steps, which it restores elsewhere, in the state
+    of every parameter; and it gives all of them one tensor to count in.
+    """
+    if not optimizer.config.use_distributed_optimizer:
+        yield
+        return
+    (inner,) = optimizer.chained_optimizers
+    inner._init_optimizer_states_with_dummy_values()
+    stock = inner._set_main_param_and_optimizer_states
+
+    def set_states(parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, place = inner.model_param_group_index_map[parameter]
+        state = inner.optimizer.state[inner.optimizer.param_groups[group]["params"][place]]
+        stock(parameter, {"step": state["step"], **tensors})
+
+    with mock.patch.object(inner, "_set_main_param_and_optimizer_states", set_states):
+        yield
+    for state in inner.optimizer.state.values():
+        state["step"] = state["step"].clone()
