@@ -21,10 +21,11 @@ import numpy as np
 
 from launch.config import RunConfig, parse_changes
 from launch.options import write_line
+from launch.plan_fit import fit_steps
 from launch.plan_machine import GPUS, Machine, known_machine
 from launch.plan_rates import Rates
 from launch.plan_rows import Rows, fit_rates, layer_errors, read_rows, split_rows
-from launch.plan_step import Prediction, fit_steps, overtakes, predict, setup_of
+from launch.plan_step import Prediction, overtakes, predict, setup_of
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = {  # columns of the table, and the terms they add up

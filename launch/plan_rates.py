@@ -15,6 +15,7 @@ ASSUMED = {"exact": (0.6, 0.45), "near field": (0.5, 0.4), "opened leaves": (0.3
 ASSUMED_STEP = {"dense": 0.6, "elementwise": 0.5, "optimizer": 0.7}
 # Seconds in which the host starts the kernels of a layer's forward; a backward takes it twice as long.
 ASSUMED_STARTS = {"start exact": 50e-6, "start": 2e-3, "start ranks": 4e-3}
+ASSUMED_HOST = 0.5e-3  # the same for everything else in a layer
 ASSUMED_FIXED = 10e-3  # seconds of a step that do not depend on its size
 ELEMENTWISE_MOVES = 6  # how often what a layer keeps goes through memory, forward and backward
 PRIOR_WEIGHT = 1e-3  # of an assumed speed against one measured row: it decides only what no row tells apart
@@ -28,6 +29,7 @@ class Rates:
     backward: dict[str, float]
     step: dict[str, float]  # of operations ("dense"), bytes ("elementwise", "optimizer") and steps ("fixed")
     hidden: float = 0.0
+    host: float = ASSUMED_HOST  # seconds in which the host starts what is not attention in a layer's forward
     rows: dict[str, int] = field(default_factory=dict)  # how many measured rows of each kind stand behind it
 
 

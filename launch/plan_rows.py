@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from launch.plan_attention import Case
+from launch.plan_attention import Case, attention_work
 from launch.plan_machine import Machine
-from launch.plan_rates import Rates, assumed_rates, fit, fit_layers, layer_seconds
+from launch.plan_rates import Rates, assumed_rates, fit, fit_layers, layer_seconds, priced
 from launch.plan_step import Step, bench_step, scaling_step
 from muse_dist import MuseConfig
 
@@ -174,7 +175,14 @@ def fit_rates(machine: Machine, rows: Rows, dim: int) -> tuple[Machine, Rates]:
     if layers:
         rates = fit_layers(rates, [(x.case, x.forward, x.backward) for x in layers])
     hidden = min(max(statistics.median(rows.hidden), 0.0), 1.0) if rows.hidden else 0.0
-    return machine, replace(rates, hidden=hidden, rows={"layers": len(layers), "exchanges": len(rows.exchanges)})
+    return machine, replace(rates, hidden=hidden, rows={
+        "layers": len(layers), "exchanges": len(rows.exchanges), **_waiting(rates, layers)})
+
+
+def _waiting(rates: Rates, layers: Sequence[Layer]) -> dict[str, int]:
+    """How many layers wait for the host, by the name of the start: only these show how long it takes."""
+    works = [attention_work(layer.case) for layer in layers]
+    return Counter(work.start for work in works if priced(work.forward, rates.forward) < rates.forward[work.start])
 
 
 def layer_errors(rates: Rates, layers: Sequence[Layer]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Time, memory and traffic of a training step of `launch.train` on a cluster, term by term."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,9 +11,12 @@ from launch.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from launch.plan_attention import Case, attention_work
 from launch.plan_machine import Machine
 from launch.plan_model import OPTIMIZER_BYTES, Memory, Shape, memory
-from launch.plan_rates import ELEMENTWISE_MOVES, Rates, fit, layer_seconds, priced
+from launch.plan_rates import ELEMENTWISE_MOVES, Rates, layer_seconds
 from muse_dist import MuseConfig, traffic
 from muse_dist.layout import LayoutName
+
+
+AFTERWARDS = ("optimizer", "fixed")  # terms of a step that begin when the backward has ended
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,9 @@ def predict(setup: Setup, machine: Machine, rates: Rates) -> Prediction:
     """
     work, known = other_work(setup), known_terms(setup, machine, rates)
     terms = {**{name: amount * rates.step[name] for name, amount in work.items()}, **known}
-    terms["waiting for the host"] = max(0.0, _host_seconds(setup, rates) - sum(terms.values()))
+    # The host starts forward and backward while they run; clipping waits for both.
+    meanwhile = sum(seconds for name, seconds in terms.items() if name not in AFTERWARDS)
+    terms["waiting for the host"] = max(0.0, host_seconds(setup, rates) - meanwhile)
     local = setup.context // setup.cp
     held = memory(setup.shape, None if setup.exact else setup.muse, setup.micro * local, world=setup.world,
                   sharded=setup.sharded, recompute=setup.recompute)
@@ -186,11 +191,11 @@ def known_terms(setup: Setup, machine: Machine, rates: Rates) -> dict[str, float
     return terms
 
 
-def _host_seconds(setup: Setup, rates: Rates) -> float:
-    """Time in which the host starts the kernels of the attention, which the GPU must wait for at least."""
-    start = attention_work(setup.case).start
-    return setup.passes * setup.shape.layers * ((2 if setup.recompute else 1) * rates.forward[start]
-                                                + rates.backward[start])
+def host_seconds(setup: Setup, rates: Rates) -> float:
+    """Time in which the host starts the kernels of forward and backward, which take that at least."""
+    start, times = attention_work(setup.case).start, 2 if setup.recompute else 1
+    layer = times * (rates.forward[start] + rates.host) + rates.backward[start] + 2 * rates.host
+    return setup.passes * setup.shape.layers * layer
 
 
 def layer_traffic(setup: Setup) -> tuple[float, float]:
@@ -241,19 +246,6 @@ def _state_seconds(setup: Setup, machine: Machine, rates: Rates) -> float:
     if not setup.sharded:
         computing *= 2 / 3 / setup.passes  # gradients wait for the last backward
     return max(travel / setup.shape.layers, travel - computing)
-
-
-def fit_steps(machine: Machine, rates: Rates, steps: Sequence[Step]) -> Rates:
-    """Rates of what is not attention, from measured steps: launch.train's, or DeepSpeed's where there are no others."""
-    steps = [step for step in steps if step.engine == "torch"] or list(steps)
-    if not steps:
-        return rates
-    work = [other_work(one.setup) for one in steps]
-    for _ in range(3):  # how long the GPU waits for the host depends on what else it has to do
-        terms = [predict(one.setup, machine, rates).terms for one in steps]
-        besides = [sum(found.values()) - priced(amounts, rates.step) for found, amounts in zip(terms, work)]
-        rates = replace(rates, step=fit(work, [one.seconds for one in steps], rates.step, besides))
-    return replace(rates, rows={**rates.rows, "steps": len(steps)})
 
 
 def overtakes(setup: Setup, machine: Machine, rates: Rates, longest: int = 1 << 22) -> tuple[int | None, int | None]:

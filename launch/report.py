@@ -95,6 +95,7 @@ def plot_positions(results: dict[str, Any]) -> Figure:
         axes.plot(centres, means, color=COLOURS[name], marker=".", label=label)
     axes.axvline(results["near_reach"], color="grey", linestyle=":", label="the far field begins")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")  # powers are set in fonts that not every installation has
     axes.legend()
     return figure
 

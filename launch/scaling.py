@@ -153,7 +153,7 @@ class Sweep:
             task = {"device": options.device, "skip": options.skip, "rows": str(rows), "jobs": [
                 {"row": asdict(job), "config": str(self.configs[job.model]), "changes": [
                     *self.changes(job), f"train.attention={job.attention}", f"train.steps={options.steps}",
-                    "log.probe_every=0"]} for job in left]}
+                    "train.bad_step=stop", "log.probe_every=0"]} for job in left]}
             status = run(_torchrun(jobs[0].ranks, ["launch.scaling_speed", json.dumps(task)]), log, options.limit,
                          slot, stop, collect)
             collect()
