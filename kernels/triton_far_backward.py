@@ -172,14 +172,14 @@ def _moment_backward(q, anchor, bias, key, value, trace, k, v, valid, opened, us
         rows_up = load_rows(dout + at * SIZE * DIM, row, inside, DIM, DIM_PAD)
         if SLOTS > 0:
             offset = tl.load(bias + at * leaves + leaf, mask=seen, other=float("-inf"))
-        logit = tl.dot(mean_key, tl.trans(rows), input_precision=PRECISION) * scale2 + offset[:, None]
+        logit = products(mean_key, rows) * scale2 + offset[:, None]
         if TRACE:
             square = tl.load(squares + at * SIZE + row, mask=inside, other=0.0)
             logit += spread[:, None] * square[None, :]
         # Rows that are not there give nothing, whatever their p: their gradients and deltas are 0.
         p = tl.exp2(logit - tl.load(base + at * SIZE + row, mask=inside, other=0.0)[None, :])
         shared = tl.load(delta + at * SIZE + row, mask=inside, other=0.0)
-        d_logit = p * (tl.dot(mean_value, tl.trans(rows_up), input_precision=PRECISION) - shared[None, :])
+        d_logit = p * (products(mean_value, rows_up) - shared[None, :])
         rounded = d_logit.to(rows.dtype)
         grad_value = tl.dot(p.to(rows.dtype), rows_up, grad_value, input_precision=PRECISION)
         grad_key = tl.dot(rounded, rows, grad_key, input_precision=PRECISION)

@@ -1,4 +1,4 @@
-"""Join partial softmaxes over disjoint keys, forward, in one pass over memory."""
+"""Join partial softmaxes over disjoint keys, and add up their gradients, in one pass over memory."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -46,6 +46,32 @@ def join(parts: Sequence[Part], rows: int) -> tuple[Tensor, Tensor]:
     if len(parts) == 1 and parts[0].lse.shape[1] == rows:
         return parts[0].out, parts[0].lse
     return _join_few(parts, rows)
+
+
+def add_part(total: Tensor, part: Tensor, start: int) -> None:
+    """Add part [heads, size, D], of any strides but 1 between the columns, to rows of total [heads, rows, D] in place.
+
+    Both are of the same dtype, `total` contiguous; `start` is the first of the rows. torch's own addition
+    does not read strided rows in wide words.
+    """
+    heads, size, dim = part.shape
+    tile = max(16, min(128, 8192 // padded(dim)))
+    _add[(ceil_div(size, tile), heads)](
+        total, part, start, size, part.stride(0), part.stride(1), total.stride(0), ROWS=tile, DIM=dim,
+        DIM_PAD=padded(dim))
+
+
+@triton.jit(do_not_specialize=["start"])
+def _add(total, part, start, size, head_stride, row_stride, total_stride, ROWS: tl.constexpr, DIM: tl.constexpr,
+         DIM_PAD: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, DIM_PAD)
+    ok = (row < size)[:, None] & (column < DIM)[None, :]
+    at = total + head * total_stride + (start + row)[:, None] * DIM + column[None, :]
+    change = tl.load(part + head * head_stride + row[:, None] * row_stride + column[None, :], mask=ok, other=0.0)
+    result = tl.load(at, mask=ok, other=0.0).to(tl.float32) + change.to(tl.float32)
+    tl.store(at, result.to(total.dtype.element_ty), mask=ok)
 
 
 def _join_few(parts: Sequence[Part], rows: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from muse_dist.kernels.exact_kernels import Exact, exact_kernels
 from muse_dist.kernels.triton_common import check_kernel_inputs
-from muse_dist.kernels.triton_merge import Part, join
+from muse_dist.kernels.triton_merge import Part, add_part, join
 
 MOST = 2 ** 31 - 1  # elements of a tensor that cuDNN addresses; with more it gave wrong results
 NEVER = 1e30  # a log-sum-exp under which every weight is 0, and finite: kernels differ in what they make of infinities
@@ -160,5 +160,5 @@ def _add(total: Tensor | None, part: Tensor, start: int, like: Tensor) -> Tensor
         if part.shape[1] == like.shape[-2]:
             return part.contiguous()
         total = torch.zeros_like(_heads(like), memory_format=torch.contiguous_format)
-    total[:, start:start + part.shape[1]].add_(part)
+    add_part(total, part, start)
     return total

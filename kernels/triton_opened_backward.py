@@ -11,7 +11,7 @@ from torch import Tensor
 
 from muse_dist.kernels.leaf_readers import Readers, piece
 from muse_dist.kernels.triton_common import (
-    LOG2E, PRECISION, Tile, add_rows, flags, in_place, keep_heads, load_rows, padded, side, store_rows,
+    LOG2E, PRECISION, Tile, add_rows, flags, in_place, keep_heads, load_rows, padded, products, side, store_rows,
 )
 
 
@@ -76,13 +76,13 @@ def _backward(dout, q, k, v, valid, base, delta, slot, name, bounds, partial, dk
         row = group * SIZE + at % SIZE
         rows = load_rows(q, row, ok, DIM, DIM_PAD)
         rows_up = load_rows(dout, row, ok, DIM, DIM_PAD)
-        logit = tl.dot(keys, tl.trans(rows), input_precision=PRECISION) * (scale * LOG2E)
+        logit = products(keys, rows) * (scale * LOG2E)
         if HAS_VALID:
             logit = tl.where(exists[:, None], logit, float("-inf"))
         # Rows that are not there give nothing, whatever their p: their gradients and deltas are 0.
         p = tl.exp2(logit - tl.load(base + row, mask=ok, other=0.0)[None, :])
         shared = tl.load(delta + row, mask=ok, other=0.0)
-        d_logit = p * (tl.dot(values, tl.trans(rows_up), input_precision=PRECISION) - shared[None, :])
+        d_logit = p * (products(values, rows_up) - shared[None, :])
         grad_v = tl.dot(p.to(rows.dtype), rows_up, grad_v, input_precision=PRECISION)
         grad_k = tl.dot(d_logit.to(rows.dtype), rows, grad_k, input_precision=PRECISION)
     grad_k *= scale

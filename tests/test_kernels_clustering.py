@@ -250,7 +250,5 @@ def test_nothing_waits_for_the_gpu():
 def test_more_than_2_to_the_31_elements():
     x = torch.zeros(33, 1 << 20, 64, dtype=torch.bfloat16, device=DEVICE)
     x[-1] = stretched(1 << 20, 64, dtype=torch.bfloat16)
-    order = torch.arange((1 << 20) - 1, -1, -1, device=DEVICE).expand(33, -1)
-    assert torch.equal(triton_clustering.gather_rows(x, order)[-1], x[-1].flip(0))
     axes = normal(33, 64, 8)
     assert_near(triton_clustering.project(x, axes)[-1], x[-1].double() @ axes[-1].double(), 2e-5)

@@ -318,6 +318,15 @@ def test_merge_takes_views():
         assert torch.equal(got.transpose(1, 2), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_parts_are_added_to_the_rows_they_cover(dtype):
+    total, part = normal(3, 50, 24, seed=1).to(dtype), normal(21, 3, 24, seed=2).to(dtype).transpose(0, 1)
+    want = total.clone()
+    want[:, 17:38] += part
+    triton_merge.add_part(total, part, 17)
+    assert torch.equal(total, want)
+
+
 @pytest.mark.skipif(not GPU, reason="synchronisation happens on a GPU only")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_nothing_waits_for_the_gpu(dtype):

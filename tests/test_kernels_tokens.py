@@ -55,3 +55,14 @@ def test_some_heads_of_longer_tensors(ops):
     want = x.clone()
     want[:, some] *= 2
     assert torch.equal(total, want)
+
+
+@pytest.mark.skipif(not GPU, reason="needs the memory of a GPU")
+def test_more_than_2_to_the_31_elements():
+    tokens = 1 << 20
+    x = torch.zeros(1, 1, 33, tokens, 64, dtype=torch.bfloat16, device=DEVICE)
+    x[:, :, -1, :, 0] = torch.arange(tokens, device=DEVICE).remainder(256).bfloat16()
+    order = torch.arange(33 * 4096 - 1, -1, -1, device=DEVICE).expand(1, 1, tokens // 4096, -1)
+    rows = triton_tokens.gather_tokens(x, order)
+    assert torch.equal(rows[0, 0, -1, :4096], x[0, 0, -1, -4096:].flip(0))
+    assert torch.equal(triton_tokens.scatter_tokens(rows, order, 33, tokens), x)
