@@ -82,7 +82,8 @@ class Communicator:
         send = _to_bytes([x])
         received = send.new_empty(self.size * send.numel())
         parts = list(received.chunk(self.size))
-        work = self._post(name, send.device, lambda: dist.all_gather(parts, send, group=self.group, async_op=True))
+        work = self._post(name, lambda: dist.all_gather(parts, send, group=self.group, async_op=True))
+        self._watch(name, send.device, work)
         self._count(name, (self.size - 1) * send.numel())
         spec = [(x.shape, x.dtype)]
         return Pending(name, work, self._where(), send, lambda: [_from_bytes(part, spec)[0] for part in parts])
@@ -98,8 +99,9 @@ class Communicator:
         buffers = [_to_bytes(tensors, device) for tensors in send]
         sizes = [sum(padded(prod(shape) * dtype.itemsize) for shape, dtype in specs) for specs in receive]
         data, received = torch.cat(buffers), torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        work = self._post(name, device, lambda: dist.all_to_all_single(
+        work = self._post(name, lambda: dist.all_to_all_single(
             received, data, sizes, [b.numel() for b in buffers], group=self.group, async_op=True))
+        self._watch(name, device, work)
         self._count(name, sum(sizes))
         specs = [spec for part in receive for spec in part]
         return Pending(name, work, self._where(), data, lambda: _from_bytes(received, specs))
@@ -130,19 +132,28 @@ class Communicator:
                              + "; ".join(f"rank {rank}: {spoken}" for rank, (spoken, _) in enumerate(said)))
         known.add(key)
 
-    def _post(self, name: str, device: torch.device, call: Callable[[], dist.Work | None]) -> dist.Work:
+    def _post(self, name: str, call: Callable[[], dist.Work | None]) -> dist.Work:
         try:
             work = call()
         except Exception as error:
             raise RuntimeError(f"exchange '{name}' could not be posted on {self._where()}, because another rank died, "
                                f"hung or left: {error}") from error
         assert work is not None
-        # While a CUDA graph is captured nothing is under way, and no result would ever come.
-        if (f"{device.type}:nccl" in dist.get_backend_config(self.group)
-                and not torch.cuda.is_current_stream_capturing()):
-            result = work.get_future_result()  # type: ignore[attr-defined]  # its stubs lack it
-            _watch(self.group, _Posted(_failure(name, self._where()), result))
         return work
+
+    def _watch(self, name: str, device: torch.device, work: dist.Work) -> None:
+        """Have a thread name an exchange of NCCL's if it fails. Neither host nor GPU waits for it."""
+        on_nccl = f"{device.type}:nccl" in dist.get_backend_config(self.group)
+        # While a CUDA graph is captured nothing is under way, and no result would ever come.
+        if not on_nccl or torch.cuda.is_current_stream_capturing():
+            return
+        queue = _UNDER_WAY.get(self.group)
+        if queue is None:
+            queue = _UNDER_WAY[self.group] = SimpleQueue()
+            weakref.finalize(self.group, queue.put, None)
+            threading.Thread(target=_name_failures, args=(queue,), name="muse_dist exchanges", daemon=True).start()
+        result = work.get_future_result()  # type: ignore[attr-defined]  # its stubs lack it
+        queue.put(_Posted(_failure(name, self._where()), result))
 
     def _where(self) -> str:
         return f"rank {self.rank} of {self.size}"
@@ -158,16 +169,6 @@ class _Posted:
 
     failure: str
     result: torch.futures.Future[int]
-
-
-def _watch(group: ProcessGroup, posted: _Posted) -> None:
-    """Have a thread say which exchange it was if this one fails. Neither host nor GPU waits for it."""
-    queue = _UNDER_WAY.get(group)
-    if queue is None:
-        queue = _UNDER_WAY[group] = SimpleQueue()
-        weakref.finalize(group, queue.put, None)
-        threading.Thread(target=_name_failures, args=(queue,), name="muse_dist exchanges", daemon=True).start()
-    queue.put(posted)
 
 
 def _name_failures(queue: SimpleQueue[_Posted | None]) -> None:
