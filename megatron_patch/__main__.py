@@ -86,11 +86,12 @@ def _checked_choice(args: argparse.Namespace) -> Choice | None:
 
 def _build_with(stock_init: Any, choice: Choice) -> Any:
     """The constructor of self-attention with another core attention: below every layer spec, also of scripts' own."""
-    from muse_dist.megatron_patch.spec import with_muse
+    from muse_dist.megatron_patch.spec import refuse_cache, with_muse
 
     @functools.wraps(stock_init)
     def build(self: Any, config: Any, submodules: Any, *args: Any, **options: Any) -> None:
         stock_init(self, config, with_muse(submodules, *choice), *args, **options)
+        refuse_cache(self)
 
     return build
 

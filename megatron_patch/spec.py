@@ -5,6 +5,7 @@ import copy
 from collections.abc import Collection
 from typing import Any
 
+from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -12,9 +13,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
 
 from muse_dist.config import MuseConfig
-from muse_dist.megatron_patch.core_attention import ChosenCoreAttention
+from muse_dist.megatron_patch.core_attention import ChosenCoreAttention, MuseCoreAttention
 from muse_dist.megatron_patch.refusals import refuse
 from muse_dist.megatron_patch.versions import transformer_impl
 
@@ -55,6 +57,8 @@ def _layer_spec(spec: ModuleSpec, config: MuseConfig, layers: Collection[int] | 
     spec.submodules = copy.copy(spec.submodules)
     spec.submodules.self_attention = attention
     attention.submodules = with_muse(parts, config, layers)
+    attention.params = {**attention.params, "kind": attention.module}
+    attention.module = SelfAttentionWithoutCache
     return spec
 
 
@@ -66,6 +70,35 @@ def with_muse(parts: Any, config: MuseConfig, layers: Collection[int] | None) ->
     parts = copy.copy(parts)
     parts.core_attention = ModuleSpec(ChosenCoreAttention, {"muse": config, "layers": layers, "exact": exact})
     return parts
+
+
+class SelfAttentionWithoutCache:
+    """Builds the self-attention that stood there before, which then refuses a cache if its core attention is MuSe.
+
+    A class, and its instances are of another one, as with ChosenCoreAttention.
+    """
+
+    def __new__(cls, *arguments: Any, kind: type[nn.Module], **options: Any) -> nn.Module:  # type: ignore[misc]
+        attention = kind(*arguments, **options)
+        refuse_cache(attention)
+        return attention
+
+
+def refuse_cache(attention: nn.Module) -> None:
+    """Have a self-attention with MuSe raise ValueError for a cache that is filled through its core attention.
+
+    That one sees later steps alone, and not that the prompt, which it would approximate, goes into a cache. Dynamic
+    batching does not ask it for anything: it is exact.
+    """
+    if isinstance(attention.core_attention, MuseCoreAttention):
+        attention.register_forward_pre_hook(_check_cache, with_kwargs=True)
+
+
+def _check_cache(attention: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    for value in (*arguments, *options.values()):
+        if isinstance(value, BaseInferenceContext) and value.is_static_batching():
+            raise ValueError("inference_context: MuSe would approximate the prompt that a cache is filled with; "
+                             "generate with the exact layer spec, whose checkpoints are the same")
 
 
 class MuseTransformerLayer(TransformerLayer):
