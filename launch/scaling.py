@@ -100,7 +100,8 @@ class Sweep:
 
     def add(self, job: Job, row: Row) -> None:
         """Keep what is known of a run now, and print it."""
-        row = {"benchmark": "scaling", **asdict(job), "device": described_device(self.device), **row}
+        row = {"benchmark": "scaling", **asdict(job), "device": described_device(self.device),
+               "side_by_side": self.options.side_by_side, **row}
         with self._lock:
             write_line(self.options.out / ROWS, row)
             self.rows[job] = row

@@ -44,10 +44,12 @@ def about(rows: Sequence[Row]) -> str:
         return "No run was finished."
     kinds = sorted({f"{row['device']}, torch {row['torch']}" for row in rows})
     batches = sorted({row["config"]["train"]["batch"] for row in rows})
+    together = max(row["side_by_side"] for row in rows)
     return (f"Measured on {'; '.join(kinds)}. A step reads {' or '.join(map(str, batches))} sequence(s) of `context` "
             "tokens, which all ranks share; its time is the median of the steps after the first ones. MFU counts the "
             "operations the model needs, not those that activation checkpointing repeats. `exact` is PyTorch's own "
-            "attention on one rank, and the same kernels on gathered keys and values on several.")
+            "attention on one rank, and the same kernels on gathered keys and values on several."
+            + (f" Up to {together} runs stood side by side on one node, on GPUs of their own." if together > 1 else ""))
 
 
 def main_table(rows: Sequence[Row]) -> str:

@@ -142,7 +142,8 @@ def test_speed_alone_is_timed_in_shared_processes_side_by_side(arguments, tmp_pa
         assert scaling_step(row).setup.shape.parameters == row["parameters"]
     assert not list(out.glob("small-*")), "nothing is left of a run but its row"
     assert [json.loads(line)["ranks"] for line in page.with_suffix(".jsonl").read_text().splitlines()].count(2) == 3
-    assert "Measured on CPU" in page.read_text() and "![day-scaling-strong](day-scaling-strong.png)" in page.read_text()
+    assert "Measured on CPU" in page.read_text() and "Up to 2 runs stood side by side" in page.read_text()
+    assert "![day-scaling-strong](day-scaling-strong.png)" in page.read_text()
     assert "findfont" not in capfd.readouterr().err
     assert scaling.main([*sweep, "--context", "64", "--ranks", "1"]) == 1, "nothing to do, and one run had failed"
 
@@ -172,7 +173,8 @@ def test_slots_are_gpus_of_their_own(monkeypatch):
 def made(model="a", context=1024, ranks=1, attention="muse", speed=100.0, **more):
     return {"model": model, "context": context, "ranks": ranks, "attention": attention, "tokens": context,
             "seconds": context / speed, "tokens_per_second": speed, "memory_bytes": 2 ** 30, "received_bytes": 2 ** 20,
-            "losses": [3.0, 2.5], "device": "made up", "torch": "2", "config": {"train": {"batch": 1}}, **more}
+            "losses": [3.0, 2.5], "device": "made up", "torch": "2", "side_by_side": 1,
+            "config": {"train": {"batch": 1}}, **more}
 
 
 def test_strong_and_weak_scaling_compare_what_belongs_together(tmp_path):
