@@ -230,9 +230,11 @@ def count_bytes(cases):
 def test_predicted_traffic_is_what_goes_over_the_wire(ranks, exchange):
     """By exchange, for every rank: what torch.distributed is handed, what the counter says and what is predicted."""
     settings = [{}, {"halo": 0, "sinks": 0, "trace": False, "remote_anchors": 2},
-                {"halo": 3, "remote_leaf": 8, "causal": False, "sinks": 3}]
+                {"halo": 3, "remote_leaf": 8, "causal": False, "sinks": 3},
+                {"halo": 99}]  # nothing is far: no order travels
     cases = [Case(small(exchange=exchange, **changes), 32 * ranks, layout, batch=1 + place % 2, dim=5 + place,
-                  heads=4, kv_heads=2 - place % 2, dtype=[torch.float32, torch.bfloat16, torch.float64][place])
+                  heads=4, kv_heads=2 - place % 2,
+                  dtype=[torch.float32, torch.bfloat16, torch.float64, torch.float32][place])
              for place, changes in enumerate(settings) for layout in ("contiguous", "zigzag")]
     found = run_ranks(ranks, count_bytes, cases)
     for rank, results in enumerate(found):

@@ -18,6 +18,11 @@ def test_exact_attention_by_hand():
                         "keys and values gradients": 3 * shard}
 
 
+def test_ranks_that_read_everything_exactly_send_no_order():
+    near = traffic(MuseConfig(halo=16), SHAPE, 4).kv
+    assert near == {**traffic(MuseConfig(), SHAPE, 4).kv, "key order": 0}
+
+
 def test_moments_by_hand():
     """Two contiguous ranks: the second receives one message, a halo block and the sinks; the first their gradients."""
     config = MuseConfig(block=4096, halo=1, leaf=64, sinks=1, remote_leaf=32, remote_anchors=1)
