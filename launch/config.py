@@ -56,7 +56,7 @@ class TrainConfig:
     `context_parallel` ranks share every sequence, as `layout` says; 0 for all ranks. `shard` splits weights, gradients
     and optimizer state over all ranks (FSDP2), `recompute` keeps no activations inside layers, and `micro_batch`
     sequences (0: all of them) go through the model at a time.
-    `engine` runs the steps: "torch", or "deepspeed", whose settings are in the table [deepspeed].
+    `engine` runs the steps: "torch", "deepspeed", whose settings are in the table [deepspeed], or "megatron".
     `attention` is "muse" or "exact"; the first `exact_first` of the steps (a fraction) use exact attention either way.
     A step whose loss or gradient is no number, or whose loss lies `spike` nats above the median of the last 32 (0: no
     such check), stops the run, or with `bad_step` = "skip" is left out, at most `max_skipped` in a row. A rank that
@@ -90,7 +90,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (("layout", get_args(LayoutName)), ("optimizer", ("adamw", "apex")),
-                              ("engine", ("torch", "deepspeed")), ("attention", ("muse", "exact")),
+                              ("engine", ("torch", "deepspeed", "megatron")), ("attention", ("muse", "exact")),
                               ("bad_step", ("stop", "skip"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"train.{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
@@ -99,22 +99,25 @@ class TrainConfig:
         for name in ("lr", "clip"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be positive")
-        if self.compare and self.shard:
+        if self.engine != "torch":
+            self._check_engine()
+        elif self.compare and self.shard:
             raise ValueError("train.compare=true reads with the whole model on one rank, which train.shard=true does "
                              "not have; turn one of them off")
-        if self.engine == "deepspeed":
-            self._check_deepspeed()
         if self.exact_first > 1:
             raise ValueError(f"train.exact_first={self.exact_first} is a fraction of the steps: at most 1")
 
-    def _check_deepspeed(self) -> None:
-        for refused, instead in (
-            (self.compare, "compare=true, which reads with the whole model on one rank; set it to false"),
-            (self.shard, "shard=true, PyTorch's way to split weights; set it to false, and deepspeed.stage=3"),
-            (self.optimizer != "adamw", f"optimizer={self.optimizer!r}; take 'adamw'"),
-        ):
-            if refused:
-                raise ValueError(f"train.engine='deepspeed' does not work with train.{instead}")
+    def _check_engine(self) -> None:
+        megatron = self.engine == "megatron"
+        split = ": Megatron splits the optimizer's state itself" if megatron else ", and deepspeed.stage=3"
+        refused = [text for bad, text in (
+            (self.compare, "train.compare=true, which reads with the whole model on one rank; set it to false"),
+            (self.shard, f"train.shard=true, PyTorch's way to split weights; set it to false{split}"),
+            (self.optimizer != "adamw", f"train.optimizer={self.optimizer!r}; take 'adamw'"),
+            (megatron and self.layout != "zigzag", f"train.layout={self.layout!r}; take 'zigzag', Megatron's only one"),
+        ) if bad]
+        if refused:
+            raise ValueError(f"train.engine={self.engine!r} does not work with\n  - " + "\n  - ".join(refused))
 
     @property
     def exact_steps(self) -> int:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from launch.config import RunConfig
-from launch.engine import TorchEngine
+from launch.engine import TorchEngine, cut
 from launch.model import LossModel
 from launch.optimizer import allocate_state, make_optimizer, set_rate
 from launch.ranks import Ranks
@@ -120,20 +120,13 @@ class DeepSpeedEngine(TorchEngine):
 
         found: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            found[f"model.{name}"] = self._cut(safe_get_full_fp32_param(parameter))
+            found[f"model.{name}"] = cut(safe_get_full_fp32_param(parameter), self.ranks, self.mesh)
             for key in KEPT:
-                found[f"optimizer.{name}.{key}"] = self._cut(safe_get_full_optimizer_state(parameter, key))
+                whole = safe_get_full_optimizer_state(parameter, key)
+                found[f"optimizer.{name}.{key}"] = cut(whole, self.ranks, self.mesh)
             found[f"optimizer.{name}.step"] = torch.tensor(float(self.updates))
         self._lent = found
         return found
-
-    def _cut(self, whole: Tensor) -> DTensor:
-        """This rank's part of a tensor that every rank has; the first dimension is split."""
-        parts = whole.chunk(self.ranks.world)
-        rank = self.ranks.world_rank
-        mine = parts[rank].clone() if rank < len(parts) else whole[:0].clone()
-        return DTensor.from_local(mine, self.mesh, [Shard(0)], run_check=False, shape=whole.shape,
-                                  stride=whole.stride())
 
     def go_on(self, updates: int) -> None:
         """Take over what the tensors of the last `tensors` have been overwritten with."""

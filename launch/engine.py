@@ -1,9 +1,10 @@
 """What runs the steps: the model spread over the ranks, its gradients and its optimizer, behind a few methods.
 
-`launch.deepspeed_engine` is the one that `train.engine` = "deepspeed" asks for.
+`launch.deepspeed_engine` and `launch.megatron_engine` have those of `train.engine` = "deepspeed" and "megatron".
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,12 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
 from launch.config import RunConfig
 from launch.model import ATTENTIONS, LossModel, build_model, recompute_activations
 from launch.optimizer import allocate_state, make_optimizer, set_rate, set_steps
+from launch.probe import Captured, capture
 from launch.ranks import Ranks
 from launch.timing import Stopwatch
 from muse_dist import ByteCounter
@@ -25,13 +28,16 @@ from muse_dist import ByteCounter
 class Engine(Protocol):
     """What the training loop asks of whatever runs its steps. All ranks call every method, in the same order."""
 
-    model: LlamaForCausalLM  # whose attention is looked at
+    model: LlamaForCausalLM  # the shape of what is trained, and where the engine does not say otherwise, the weights
     module: nn.Module  # module(sequences [B, n], positions) runs the model: losses fp32
     parameters: int  # numbers in the whole model
     updates: int  # how often the weights have changed
 
     def read_with(self, attention: str) -> None:
         """Use "muse" or "exact" attention from now on."""
+
+    def capture(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Captured]]:
+        """Keep what the attention of `layers`, numbered from 0, is given while `module` runs."""
 
     def gradients(self, sequences: Tensor, watch: Stopwatch) -> Tensor:
         """Add up the gradients of this rank's sequences int64 [B, n]. Returns its share of the loss, a 0-d tensor."""
@@ -59,6 +65,10 @@ def make_engine(config: RunConfig, ranks: Ranks, vocabulary: int, counter: ByteC
     """The engine that `train.engine` names; arguments and errors as `TorchEngine` has them."""
     if config.train.engine == "torch":
         return TorchEngine(config, ranks, vocabulary, counter)
+    if config.train.engine == "megatron":
+        from launch.megatron_engine import MegatronEngine
+
+        return MegatronEngine(config, ranks, vocabulary, counter)
     from launch.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(config, ranks, vocabulary, counter)
@@ -86,6 +96,14 @@ class TorchEngine(Engine):
 
     def _build(self, config: RunConfig, ranks: Ranks, vocabulary: int, counter: ByteCounter | None) -> None:
         """The model, whole on every rank."""
+        self._share(config, ranks)
+        self.model = build_model(config, ranks.device, ranks, counter, vocabulary)
+        self.parameters = self.model.num_parameters()
+        if config.train.recompute:
+            recompute_activations(self.model)
+
+    def _share(self, config: RunConfig, ranks: Ranks) -> None:
+        """Who reads which tokens."""
         self.config, self.ranks, self.updates = config, ranks, 0
         if config.train.batch % ranks.replicas:
             raise ValueError(f"train.batch={config.train.batch} must be a multiple of the {ranks.replicas} sets of "
@@ -93,10 +111,6 @@ class TorchEngine(Engine):
         self.positions: Tensor | None = None
         if ranks.size > 1:
             self.positions = ranks.split(config.data.context, config.muse.block).positions(ranks.rank)
-        self.model = build_model(config, ranks.device, ranks, counter, vocabulary)
-        self.parameters = self.model.num_parameters()
-        if config.train.recompute:
-            recompute_activations(self.model)
 
     def _wrapped(self, losses: LossModel) -> nn.Module:
         if self.config.train.shard:
@@ -123,6 +137,10 @@ class TorchEngine(Engine):
         name = "exact on ranks" if attention == "exact" and self.ranks.size > 1 else attention
         if self.model.config._attn_implementation != ATTENTIONS[name]:
             self.model.set_attn_implementation(ATTENTIONS[name])
+
+    def capture(self, layers: Sequence[int]) -> AbstractContextManager[dict[int, Captured]]:
+        """Keep what the attention of `layers`, numbered from 0, is given while `module` runs."""
+        return capture(self.model, layers)
 
     def gradients(self, sequences: Tensor, watch: Stopwatch) -> Tensor:
         """Add up the gradients of this rank's sequences int64 [B, n]. Returns its share of the loss, a 0-d tensor."""
@@ -192,3 +210,10 @@ class TorchEngine(Engine):
         whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if self.ranks.first:
             self.model.save_pretrained(folder, state_dict=whole)
+
+
+def cut(whole: Tensor, ranks: Ranks, mesh: DeviceMesh) -> DTensor:
+    """This rank's part, a copy, of a tensor that every rank has; the first dimension is split over all `ranks`."""
+    parts = whole.chunk(ranks.world)
+    mine = parts[ranks.world_rank].clone() if ranks.world_rank < len(parts) else whole[:0].clone()
+    return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())

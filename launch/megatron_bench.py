@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.config import DataConfig
+from launch.config import DataConfig, ModelConfig
 from launch.corpus import Corpus, load_corpus
+from launch.megatron_model import transformer_config
 from muse_dist.layout import Layout
 from muse_dist.megatron_patch.options import Choice, add_options, read_options
 
@@ -35,27 +36,15 @@ Batch = tuple[Tensor, Tensor, Tensor]
 WARMUP = 2  # steps that compile kernels and are not in the median
 
 
-def transformer_config(options: argparse.Namespace, **changes: Any) -> Any:
-    """A Llama-like model: RMSNorm, SwiGLU, no biases, no dropout; bf16 unless `options.fp32`."""
+def model_config(options: argparse.Namespace) -> Any:
+    """Megatron's settings for the model; bf16 unless `options.fp32`."""
     from megatron.core.distributed import finalize_model_grads
-    from megatron.core.transformer import TransformerConfig
 
-    dtype = torch.float32 if options.fp32 else torch.bfloat16
-    settings: dict[str, Any] = {
-        "num_layers": options.layers, "hidden_size": options.width, "num_attention_heads": options.heads,
-        "num_query_groups": options.kv_heads, "ffn_hidden_size": options.mlp,
-        "context_parallel_size": options.context_parallel, "normalization": "RMSNorm", "add_bias_linear": False,
-        "gated_linear_unit": True, "activation_func": torch.nn.functional.silu, "attention_dropout": 0.0,
-        "hidden_dropout": 0.0, "bf16": not options.fp32, "params_dtype": dtype, "pipeline_dtype": dtype,
-        "gradient_accumulation_fusion": False, "persist_layer_norm": False, "masked_softmax_fusion": False,
+    shape = ModelConfig(options.layers, options.width, options.heads, options.kv_heads, options.mlp)
+    return transformer_config(
+        shape, options.context_parallel, torch.float32 if options.fp32 else torch.bfloat16, options.recompute,
         # Ranks may hold unequal numbers of tokens that count: only this weighs them right.
-        "calculate_per_token_loss": True, "finalize_model_grads_func": finalize_model_grads,
-    }
-    if options.recompute != "none":
-        settings["recompute_granularity"] = options.recompute
-    if options.recompute == "full":
-        settings |= {"recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(**settings | changes)
+        calculate_per_token_loss=True, finalize_model_grads_func=finalize_model_grads)
 
 
 def build_model(config: Any, corpus: Corpus, choice: Choice | None, fp32: bool) -> Any:
@@ -134,7 +123,7 @@ def train(options: argparse.Namespace, choice: Choice | None) -> dict[str, Any]:
     tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
     torch.manual_seed(options.seed)
     corpus = load_corpus(DataConfig(path=options.data, context=options.tokens))
-    model = build_model(transformer_config(options), corpus, choice, options.fp32)
+    model = build_model(model_config(options), corpus, choice, options.fp32)
     optimizer, schedule = build_optimizer(model, options)
     step = partial(get_forward_backward_func(), forward_step_func=forward_step, model=[model],
                    seq_length=options.tokens, micro_batch_size=1, forward_only=False)

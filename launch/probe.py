@@ -4,10 +4,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from launch.config import RunConfig
@@ -16,6 +16,9 @@ from muse_dist import MuseConfig, muse_attention
 from muse_dist.compute import working
 from muse_dist.layout import Layout
 from muse_dist.tree import has_far_field, open_blocks, order_blocks
+
+if TYPE_CHECKING:
+    from launch.engine import Engine
 
 ROWS = 16  # query tokens of each rank that are compared with exact attention
 SUMS = ("error", "exact", "near", "opened", "far", "rows", "not_finite", "q", "k", "v")  # added up over the ranks
@@ -38,15 +41,14 @@ def sampled_layers(layers: int, count: int) -> list[int]:
 
 @torch.no_grad()
 def probe_layers(
-    module: nn.Module, model: LlamaForCausalLM, sequences: Tensor, config: RunConfig, ranks: Ranks,
-    layers: Sequence[int],
+    engine: Engine, sequences: Tensor, config: RunConfig, ranks: Ranks, layers: Sequence[int],
 ) -> dict[str, dict[str, float | None]]:
     """Read the first of `sequences` int64 [B, n] once more and look at the attention of some layers.
 
     Every rank must call it; all get the same numbers.
 
     Args:
-        module: called as module(sequences, positions), to run `model`, whose attention is looked at.
+        engine: runs the model whose attention is looked at.
     Returns:
         by layer: "error" (of MuSe's output, relative to the norm of the exact one), the shares "near", "opened" and
         "far" of the exact softmax, "largest_logit", the root mean squares "q", "k" and "v", and how many of their
@@ -55,8 +57,8 @@ def probe_layers(
     split = Layout(ranks.layout if ranks.size > 1 else "contiguous", ranks.size,
                    _whole(config, ranks), config.muse.block)
     positions = split.positions(ranks.rank) if ranks.size > 1 else None
-    with _capture(model, layers) as found:
-        module(sequences[:1], positions)
+    with engine.capture(layers) as found:
+        engine.module(sequences[:1], positions)
     table = torch.stack([_statistics(found[layer], split, config.muse, ranks) for layer in layers]).double()
     everyone = table.new_zeros(ranks.world, *table.shape)
     everyone[ranks.world_rank] = table
@@ -83,7 +85,7 @@ def _named(rows: Tensor, world: int) -> dict[str, float | None]:
 
 
 @contextmanager
-def _capture(model: LlamaForCausalLM, layers: Sequence[int]) -> Iterator[dict[int, Captured]]:
+def capture(model: LlamaForCausalLM, layers: Sequence[int]) -> Iterator[dict[int, Captured]]:
     """Keep what the attention of `layers` is given, while the model runs as it is."""
     from transformers import AttentionInterface, AttentionMaskInterface
 

@@ -54,8 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
             torch.set_num_threads(config.train.threads)
         transformers_logging.disable_progress_bar()
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process is no mistake
-        # DeepSpeed calls what newer versions of PyTorch have renamed.
+        # DeepSpeed and Megatron call what newer versions of PyTorch have renamed.
         warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+        # Every rank of Megatron would say so several times; it needs neither.
+        warnings.filterwarnings("ignore", ".*(Apex|Transformer Engine).* not installed")
+        warnings.filterwarnings("ignore", "full scope is deprecated")  # of CUDA graphs, which it does not record
         settings = config.train
         # A rank that hangs says so itself, before the exchange that waits for it gives up.
         with join_ranks(device, config.layout, settings.context_parallel, settings.timeout + 60) as ranks:
@@ -182,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
                         "again; else an unfinished one goes on")
     parser.add_argument("--steps", type=int, help="train this many steps instead of the config's")
     parser.add_argument("--seed", type=int, help="of the weights and the batches, instead of the config's")
-    parser.add_argument("--engine", help="torch, or deepspeed for its ZeRO, instead of the config's")
+    parser.add_argument("--engine", help="torch, deepspeed for its ZeRO, or megatron, instead of the config's")
     parser.add_argument("--attention", help="muse, or exact for the baseline, instead of the config's")
     parser.add_argument("--optimizer", help="adamw, or apex for NVIDIA's fused one, instead of the config's")
     parser.add_argument("--context-parallel", type=int, metavar="RANKS", help="that share a sequence, 0 for all, "

@@ -195,7 +195,7 @@ class Trainer:
     def _probe(self, batch: Tensor, layers: list[int]) -> dict[str, dict[str, float | None]]:
         """Statistics of the attention of some layers, whose bytes do not count to the step's."""
         received = dict(self.counter.received)
-        found = probe_layers(self.engine.module, self.engine.model, batch, self.config, self.ranks, layers)
+        found = probe_layers(self.engine, batch, self.config, self.ranks, layers)
         self.counter.received = received
         return found
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from muse_dist import MuseConfig, muse_attention
+from muse_dist import ByteCounter, MuseConfig, muse_attention
 from muse_dist.megatron_patch.refusals import config_problems, refuse
 from muse_dist.megatron_patch.versions import context_parallel_group
 
@@ -48,6 +48,7 @@ class MuseCoreAttention(MegatronModule):
         self.muse = muse
         self.scale = softmax_scale
         self.group = context_parallel_group(groups) if config.context_parallel_size > 1 else None
+        self.counter: ByteCounter | None = None  # whoever wants to know what is received sets one
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -61,7 +62,8 @@ class MuseCoreAttention(MegatronModule):
         """
         refuse(_call_problems(query, key, attention_mask, attn_mask_type, attention_bias, packed_seq_params))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = muse_attention(q, k, v, config=self.muse, scale=self.scale, group=self.group, layout="zigzag")
+        out = muse_attention(q, k, v, config=self.muse, scale=self.scale, group=self.group, layout="zigzag",
+                             counter=self.counter)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def extra_repr(self) -> str:

@@ -39,7 +39,7 @@ def probed(ranks, layers=(0, 2), **muse):
         for layer in engine.model.model.layers:
             layer.self_attn.q_proj.weight *= 12
             layer.self_attn.k_proj.weight *= 12
-    return engine, config, probe_layers(engine.module, engine.model, SEQUENCES, config, ranks, layers)
+    return engine, config, probe_layers(engine, SEQUENCES, config, ranks, layers)
 
 
 def on_a_rank(exchange, layout):
@@ -49,7 +49,7 @@ def on_a_rank(exchange, layout):
 
 
 def captured(engine, layer):
-    with probe._capture(engine.model, [layer]) as found, torch.no_grad():
+    with engine.capture([layer]) as found, torch.no_grad():
         engine.module(SEQUENCES, None)
     return found[layer]
 
@@ -116,7 +116,7 @@ def test_two_ranks_see_what_one_sees(layout):
 def test_the_probe_reads_what_autocast_computed():
     alone = Ranks(0, 1, CPU, "zigzag")
     engine, config, plain = probed(alone)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), probe._capture(engine.model, [0]) as found:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), engine.capture([0]) as found:
         engine.model.model(SEQUENCES[:, :-1])
     assert {found[0].q.dtype, found[0].k.dtype, found[0].v.dtype} == {torch.bfloat16}
     split = probe.Layout("contiguous", 1, TOKENS, 16)

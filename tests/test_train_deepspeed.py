@@ -182,7 +182,7 @@ def test_it_says_that_deepspeed_is_missing(monkeypatch):
     ({"compare": True}, "train.compare=true.*set it to false"),
     ({"shard": True}, "train.shard=true.*deepspeed.stage=3"),
     ({"optimizer": "apex"}, "train.optimizer='apex'; take 'adamw'"),
-    ({"engine": "megatron"}, "train.engine='megatron' must be one of torch, deepspeed"),
+    ({"engine": "apex"}, "train.engine='apex' must be one of torch, deepspeed, megatron"),
 ])
 def test_settings_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
