@@ -25,7 +25,7 @@ from launch.plan_fit import fit_steps
 from launch.plan_machine import GPUS, Machine, known_machine
 from launch.plan_rates import Rates
 from launch.plan_rows import Rows, fit_rates, layer_errors, read_rows, split_rows
-from launch.plan_step import Prediction, overtakes, predict, setup_of
+from launch.plan_step import Prediction, Setup, overtakes, predict, setup_of
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = {  # columns of the table, and the terms they add up
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for context in options.context or [config.data.context]:
             found = plan(config, machine, rates, options.nodes, context, options.context_parallel)
             print(table(config, found, context, machine))
-            print(crossover_text(config, machine, rates, options.context_parallel))
+            print(crossover_text(found[0].setup, machine, rates))
             for one in found if options.json is not None else ():
                 write_line(options.json, as_row(config, one, machine))
     except (OSError, TypeError, ValueError) as error:
@@ -124,18 +124,27 @@ def plan(config: RunConfig, machine: Machine, rates: Rates, nodes: Sequence[int]
          cp: int | None = None) -> list[Prediction]:
     """A prediction for MuSe and for exact attention on every number of nodes.
 
-    The batch is the config's, or as many sequences as there are sets of GPUs where those are more.
+    The batch is the config's, or as many sequences as there are sets of GPUs where those are more. Where neither `cp`
+    nor the config says how many GPUs share a sequence, it is as many as one node has and the context's blocks allow.
     """
     found = []
     for count in nodes:
         world = count * machine.per_node
-        size = cp or config.train.context_parallel or world
+        size = cp or config.train.context_parallel or most_sharing(config, context, min(world, machine.per_node))
         sets = max(world // size, 1)
         batch = -(-config.train.batch // sets) * sets
         for exact in (False, True):
             found.append(predict(setup_of(config, world, exact=exact, context=context, cp=size, batch=batch), machine,
                                  rates))
     return found
+
+
+def most_sharing(config: RunConfig, context: int, most: int) -> int:
+    """The largest power of two of GPUs, at most `most`, that can share a sequence."""
+    size = 1
+    while 2 * size <= most and context % (2 * size * config.muse.block * (2 if config.layout == "zigzag" else 1)) == 0:
+        size *= 2
+    return size
 
 
 def table(config: RunConfig, found: Sequence[Prediction], context: int, machine: Machine) -> str:
@@ -157,13 +166,13 @@ def table(config: RunConfig, found: Sequence[Prediction], context: int, machine:
     return "\n".join(lines)
 
 
-def crossover_text(config: RunConfig, machine: Machine, rates: Rates, cp: int | None) -> str:
+def crossover_text(setup: Setup, machine: Machine, rates: Rates) -> str:
     """From which context on MuSe is predicted to be faster, on the GPUs that share a sequence."""
-    size = cp or config.train.context_parallel or machine.per_node
-    setup = setup_of(config, size, exact=False, cp=size, batch=config.train.batch)
-    layer, step = overtakes(setup, machine, rates)
+    alone = replace(setup, world=setup.cp, batch=setup.batch // setup.sets, sharded=setup.sharded and setup.cp > 1)
+    layer, step = overtakes(alone, machine, rates)
     words = ["never up to 4M tokens" if tokens is None else f"from {tokens} tokens on" for tokens in (layer, step)]
-    return f"{size} GPU(s) a sequence: MuSe is faster than exact attention: the layer {words[0]}, the step {words[1]}"
+    return (f"{setup.cp} GPU(s) a sequence: MuSe is faster than exact attention: the layer {words[0]}, the step "
+            f"{words[1]}")
 
 
 def as_row(config: RunConfig, one: Prediction, machine: Machine) -> dict[str, Any]:
@@ -184,7 +193,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="another setting, such as muse.opened=8 train.batch=32")
     parser.add_argument("--context", type=int, nargs="+", help="tokens of a sequence (default: the config's)")
     parser.add_argument("--context-parallel", type=int, metavar="GPUS",
-                        help="GPUs that share a sequence (default: the config's, where 0 is all)")
+                        help="GPUs that share a sequence (default: the config's; where that is 0, as many as a node "
+                        "has and the context's blocks allow)")
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
     parser.add_argument("--per-node", type=int, default=8, metavar="GPUS", help="(default: %(default)s)")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="H200", help="(default: %(default)s)")

@@ -94,9 +94,18 @@ def test_command_prints_a_plan_and_writes_rows(tmp_path, capsys):
     assert "no measured rows" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name, shared", [("30m", [4, 4]), ("125m", [4, 4]), ("1b", [8, 8]), ("8b", [8, 8])])
+def test_every_config_has_a_plan_without_more_words(name, shared, tmp_path, capsys):
+    out = tmp_path / "plan.jsonl"
+    assert plan.main(["--config", f"configs/{name}.toml", "--nodes", "1", "8", "--rows", "--json", str(out)]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["context_parallel"] for row in found if row["attention"] == "muse"] == shared
+    assert f"{shared[0]} GPU(s) a sequence: MuSe" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--set", "model.vocabulary=0"], "model.vocabulary=0 takes the size from the data"),
-    (["--context", "65000"], "do not make whole blocks"),
+    (["--context", "65000", "--context-parallel", "8"], "do not make whole blocks"),
     (["--context-parallel", "3"], "must divide"),
     (["--inter", "0"], "inter=0.0 of H200 must be positive"),
     (["--rows", "missing.jsonl"], "missing.jsonl"),
