@@ -63,7 +63,7 @@ def build_gpt(config: RunConfig, settings: Any, vocabulary: int) -> Any:
     gpt = GPTModel(settings, spec, vocabulary, config.data.context, share_embeddings_and_output_weights=True,
                    position_embedding_type="rope", rotary_base=config.model.rope_theta)
     gpt.post_process = False  # the logits of a whole long context would not fit: MegatronLosses takes a few at a time
-    return gpt
+    return gpt.to(torch.cuda.current_device())  # PyTorch's norms, which stand in for Megatron's, are made on the CPU
 
 
 def data_parallel(gpt: Any) -> Any:

@@ -18,6 +18,7 @@ from launch.checkpoint import Checkpoints
 from launch.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from launch.corpus import ArrayTokens, Corpus
 from launch.engine import make_engine
+from launch.megatron_model import build_gpt, transformer_config
 from launch.monitor import Silent
 from launch.ranks import Ranks
 from launch.train import main
@@ -83,7 +84,15 @@ def train_and_save(folder):
             found[name] = train(name, trainer_of(config, ranks, f"{folder}/{name}"), folder)
     with megatron_on_cpu(torch.bfloat16):
         found["bf16 resumed"] = resumed(trainer_of(CASES["bf16"], ranks, f"{folder}/bf16"))
+        found["devices"] = devices(CASES["bf16"])
     return found
+
+
+def devices(config):
+    """Where the numbers of a GPT lie if the GPU is another device than the CPU: here one without memory."""
+    with mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta")):
+        gpt = build_gpt(config, transformer_config(config.model, 2, torch.bfloat16), 64)
+    return {tensor.device.type for tensor in [*gpt.parameters(), *gpt.buffers(), gpt.rotary_pos_emb.inv_freq]}
 
 
 def train(name, trainer_and_rows, folder):
@@ -158,6 +167,7 @@ def test_megatron_computes_what_torch_does_and_either_goes_on_with_the_others_ch
     first, second = run_ranks(2, train_and_save, str(tmp_path))
     check_same_as_torch(first, second)
     check_bf16(first)
+    assert first["devices"] == {"meta"}
     for name, found in run_ranks(3, go_on, str(tmp_path))[0].items():
         check(name, found, first["torch"][0][SAVED:])
     models = {name: LlamaForCausalLM.from_pretrained(tmp_path / f"{name} model").state_dict() for name in CASES}
