@@ -1,11 +1,15 @@
 """What the Triton kernels can run, known without importing Triton."""
 from __future__ import annotations
 
+import functools
+
 import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_DIM = 256
-LEAF_BYTES = 64 * 1024  # of the keys of a padded leaf that a program holds on chip
+LARGE = (64 * 1024, 1024)  # bytes of the keys of a padded leaf, and of a key, that fit on chip: 228 KiB, on Hopper
+MIDDLE = (32 * 1024, 1024)  # 163 KiB, compute capabilities 8.0 and 8.7; the kernels were compiled for 8.0 to see
+SMALL = (16 * 1024, 256)  # 99 KiB, GPUs for graphics; compiled for 8.6
 
 
 def power_of_two(size: int) -> int:
@@ -23,6 +27,13 @@ def padded(size: int) -> int:
     return max(16, power_of_two(size))
 
 
-def largest_leaf(dim: int, dtype: torch.dtype) -> int:
-    """Keys that a leaf may hold, padded to a power of two."""
-    return LEAF_BYTES // (padded(dim) * dtype.itemsize)
+@functools.lru_cache(maxsize=256)  # asked at every launch
+def largest_leaf(dim: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Keys that a leaf may hold, padded to a power of two; 0 where keys of this dtype and head dim are too long."""
+    row_bytes = padded(dim) * dtype.itemsize
+    leaf, row = LARGE
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability[0] not in (9, 10):
+            leaf, row = MIDDLE if capability in ((8, 0), (8, 7)) else SMALL
+    return leaf // row_bytes if row_bytes <= row else 0

@@ -34,7 +34,7 @@ def forward_tile(dim: int, dtype: torch.dtype) -> Tile:
     if row_bytes <= 128:
         return Tile(64, 64, 4, 2)
     if row_bytes <= 256:
-        return Tile(64, 32, 4, 1)
+        return Tile(64, 32, 4, 3)
     return Tile(64, 32, 4, 2) if row_bytes <= 512 else Tile(32, 16, 4, 1)
 
 
@@ -60,9 +60,9 @@ def backward_tiles(dim: int, dtype: torch.dtype) -> BackwardTiles:
     """Pinned tiles of the far field's backward for head dim `dim`; half precision up to 128 was measured on an H200."""
     row_bytes = padded(dim) * dtype.itemsize
     if row_bytes <= 128:
-        return BackwardTiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 3), Tile(128, 64, 4, 2))
+        return BackwardTiles(Tile(64, 32, 4, 2), Tile(64, 64, 4, 3), Tile(128, 64, 4, 2))
     if row_bytes <= 256:
-        return BackwardTiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2))
+        return BackwardTiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 3), Tile(64, 128, 8, 2))
     return BackwardTiles(*[backward_tile(dim, dtype)] * 3)
 
 
@@ -88,7 +88,7 @@ def check_kernel_inputs(dim: int, leaf: int, **tensors: Tensor | None) -> None:
                              "they must agree")
     if dim > MOST_DIM:
         raise ValueError(f"head dim {dim}: the Triton kernels take at most {MOST_DIM}; take backend='torch'")
-    most = largest_leaf(dim, dtype)
+    most = largest_leaf(dim, dtype, given[first].device)
     if padded(leaf) > most:
         raise ValueError(f"leaf={leaf}: with head dim {dim} in {dtype} the Triton kernels take at most {most}; "
                          "take smaller leaves or backend='torch'")

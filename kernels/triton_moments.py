@@ -71,13 +71,13 @@ def _forward_tile(dim: int, dtype: torch.dtype) -> Tile:
     """The loop over anchors has few turns: nothing is fetched ahead."""
     row_bytes = padded(dim) * dtype.itemsize
     if row_bytes <= 256:
-        return Tile(64, 64, 4 if row_bytes <= 128 else 8, 1)
+        return Tile(64 if row_bytes <= 128 else 32, 64, 4, 1)
     return Tile(16, 64, 8, 1)
 
 
 def _backward_tile(dim: int, dtype: torch.dtype) -> Tile:
     row_bytes = padded(dim) * dtype.itemsize
-    return Tile(32 if row_bytes <= 256 else 16, 64, 4 if row_bytes <= 128 else 8, 1)
+    return Tile(16, 64, 4, 1) if row_bytes <= 128 else Tile(32 if row_bytes <= 256 else 16, 64, 8, 1)
 
 
 def _grid(k: Tensor) -> tuple[int, int]:

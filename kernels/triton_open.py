@@ -112,8 +112,8 @@ def _weigh_tile(dim: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 32, 4, 1) if row_bytes <= 512 else Tile(16, 16, 4, 1)
     if row_bytes <= 128:
-        return Tile(128, 64, 4, 3)
-    return Tile(256, 64, 8, 2) if row_bytes <= 256 else Tile(64, 64, 4, 2)
+        return Tile(64, 128, 4, 2)
+    return Tile(128, 128, 8, 2) if row_bytes <= 256 else Tile(64, 64, 4, 2)
 
 
 def _products(

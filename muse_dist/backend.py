@@ -55,7 +55,9 @@ def _triton_problem(config: MuseConfig, device: torch.device, dtype: torch.dtype
         return f"backend='triton': does not compute in {dtype}; cast to bfloat16, float16 or float32, or take 'torch'"
     if dim > MOST_DIM:
         return f"backend='triton': takes head dims up to {MOST_DIM}, not {dim}; take backend='torch'"
-    most = largest_leaf(dim, dtype)
+    most = largest_leaf(dim, dtype, device)
+    if not most:
+        return f"backend='triton': keys of {dim} numbers in {dtype} do not fit on this GPU's chip; take backend='torch'"
     for name in ("leaf", "remote_leaf"):
         if padded(getattr(config, name)) > most:
             return (f"backend='triton': {name}={getattr(config, name)} with head dim {dim} in {dtype} does not fit "

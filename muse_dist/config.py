@@ -147,12 +147,12 @@ class MuseConfig:
     @classmethod
     def fast(cls, **changes: Any) -> MuseConfig:
         """Within 0.02 nats of exact attention without retraining, up to 64k tokens on one model (launch/results)."""
-        return cls(**{"block": 2048, "leaf": 128, "opened": 8, **changes})
+        return cls(**{"block": 2048, "leaf": 128, "anchors": 2, "opened": 8, **changes})
 
     @classmethod
     def accurate(cls, **changes: Any) -> MuseConfig:
         """Within 0.008 nats of exact attention without retraining, up to 64k tokens on one model (launch/results)."""
-        return cls(**{"leaf": 128, "opened": 6, **changes})
+        return cls(**{"leaf": 128, "anchors": 2, "opened": 6, **changes})
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:

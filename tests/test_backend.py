@@ -154,6 +154,16 @@ def test_what_the_kernels_cannot_run_is_refused_before_anything_runs(change, dty
         muse_attention(x, x, x, config=config)
 
 
+@pytest.mark.parametrize("capability, dim, dtype, most", [
+    ((9, 0), 128, torch.bfloat16, 256), ((8, 0), 128, torch.bfloat16, 128), ((8, 6), 128, torch.bfloat16, 64),
+    ((8, 9), 64, torch.float32, 64), ((12, 0), 256, torch.bfloat16, 0), ((8, 6), 128, torch.float32, 0)], ids=str)
+def test_leaves_fit_on_the_chip(capability, dim, dtype, most, monkeypatch):
+    from muse_dist.kernels.limits import largest_leaf
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert largest_leaf.__wrapped__(dim, dtype, torch.device("cuda")) == most
+
+
 def test_the_choice_is_logged(caplog):
     from muse_dist import backend
 
