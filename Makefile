@@ -20,7 +20,7 @@ test: lint
 # The launcher against a real checkout: make test-megatron MEGATRON_LM=../Megatron-LM
 test-megatron: $(STAMP)
 	@test -n '$(MEGATRON_LM)' || { echo 'Say where Megatron-LM is: make test-megatron MEGATRON_LM=...' >&2; exit 1; }
-	MEGATRON_LM='$(MEGATRON_LM)' $(BIN)/python -m pytest -n 0 tests/test_megatron_launcher.py
+	MEGATRON_LM='$(MEGATRON_LM)' $(BIN)/python -m pytest -n 0 tests/test_megatron_lm.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -50,6 +50,7 @@ def add_to_megatron() -> None:
     from megatron.core.transformer.attention import SelfAttention
 
     stock_arguments, stock_init = megatron.add_megatron_arguments, SelfAttention.__init__
+    said: list[str] = []  # Megatron-LM parses its options several times
 
     @functools.wraps(stock_arguments)
     def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -58,7 +59,10 @@ def add_to_megatron() -> None:
 
         def parse_known_args(*args: Any, **options: Any) -> Any:
             parsed, rest = stock_parse(*args, **options)
-            choice = _checked_choice(parsed)
+            choice, lines = _checked_choice(parsed)
+            if lines and lines != said:
+                print("\n".join(f"muse: {line}" for line in lines), flush=True)
+                said[:] = lines
             SelfAttention.__init__ = stock_init if choice is None else _build_with(stock_init, choice)
             return parsed, rest
 
@@ -68,20 +72,18 @@ def add_to_megatron() -> None:
     megatron.add_megatron_arguments = add_megatron_arguments
 
 
-def _checked_choice(args: argparse.Namespace) -> Choice | None:
-    """What the options ask for, if it can run; the first process says what that is."""
+def _checked_choice(args: argparse.Namespace) -> tuple[Choice | None, list[str]]:
+    """What the options ask for, if it can run; and lines that say what that is, for the first process."""
     try:
         choice = read_options(args)
         if choice is None:
-            return None
+            return None, []
         refuse(argument_problems(args, *choice))
         # torchrun's own variables: Megatron-LM reads its rank and size there too.
         lines = report(choice, read_step(args, int(os.environ.get("WORLD_SIZE", "1"))))
     except (ValueError, TypeError, OSError) as error:
         raise SystemExit(f"--attention {args.attention}: {error}") from error
-    if int(os.environ.get("RANK", "0")) == 0:
-        print("\n".join(f"muse: {line}" for line in lines), flush=True)
-    return choice
+    return choice, lines if int(os.environ.get("RANK", "0")) == 0 else []
 
 
 def _build_with(stock_init: Any, choice: Choice) -> Any:

@@ -1,6 +1,6 @@
-"""`--attention muse` for Megatron-LM's scripts, against a stand-in with its modules' interfaces and, if given, itself.
+"""`--attention muse` for Megatron-LM's scripts, against a stand-in with its modules' interfaces.
 
-Megatron-LM cannot be installed from a registry: `make test-megatron MEGATRON_LM=path` runs the last test on a checkout.
+Megatron-LM cannot be installed from a registry; tests/test_megatron_lm.py is for a checkout of it.
 """
 import argparse
 import dataclasses
@@ -20,7 +20,6 @@ from muse_dist.megatron_patch.options import add_options, parse_layers, read_opt
 from muse_dist.megatron_patch.predict import exact_flops, muse_flops, read_step, report
 
 ROOT = Path(__file__).parents[1]
-CHECKOUT = os.environ.get("MEGATRON_LM")
 
 # The three modules of a checkout that matter: the script's imports, the parser, and the arguments' validation.
 TRAINING = "from megatron.training.initialize import get_args, initialize_megatron\n"
@@ -58,6 +57,7 @@ from megatron.training.arguments import parse_args
 
 def initialize_megatron():
     global parsed
+    parse_args()  # as its services do, each for itself
     parsed = parse_args()
     print("GPU memory is taken now", flush=True)
 
@@ -319,40 +319,3 @@ def test_the_recipe_hands_its_launcher_the_options_and_then_the_users():
     for wrong in ([], ["torchrun"], ["--", "../Megatron-LM"]):
         found = recipe(*wrong)
         assert found.returncode == 2 and "LAUNCHER... -- CHECKOUT" in found.stderr
-
-
-CHECK = """
-import sys
-sys.path.insert(0, {checkout!r})
-sys.argv = ["pretrain_gpt.py", *sys.argv[1:]]
-from muse_dist.megatron_patch.__main__ import add_to_megatron
-add_to_megatron()
-from megatron.training.arguments import parse_args
-args = parse_args()
-from megatron.core.transformer.attention import SelfAttention
-print("parsed", args.num_layers, SelfAttention.__init__.__module__)
-"""
-
-
-@pytest.mark.skipif(CHECKOUT is None, reason="make test-megatron MEGATRON_LM=path")
-def test_the_parser_of_a_real_checkout(tmp_path):
-    (tmp_path / "check.py").write_text(CHECK.format(checkout=CHECKOUT))
-    usual = "--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 65536 --micro-batch-size 1 " \
-        "--context-parallel-size 4 --max-position-embeddings 65536 --bf16"
-    command = [sys.executable, "-W", "ignore", str(tmp_path / "check.py"), *usual.split(), "--attention", "muse"]
-    bad = subprocess.run([*command, "--sft", "--attention-backend", "local"], text=True, capture_output=True,
-                         check=False)
-    assert bad.returncode == 1
-    for problem in ("attention_dropout=0.1", "sft=True", "attention_backend=local", "create_attention_mask"):
-        assert f"  - {problem}" in bad.stderr
-    good = subprocess.run([*command, "--attention-dropout", "0", "--no-create-attention-mask-in-dataloader"], text=True,
-                          capture_output=True, check=False)
-    assert good.returncode == 0, good.stderr
-    assert "muse: layers 1-24 use MuseConfig(" in good.stdout and "parsed 24" in good.stdout
-    _, _, _, *options = recipe("echo", "--", CHECKOUT, "--mock-data", "--tokenizer-type", "NullTokenizer",
-                               "--vocab-size", "50257").stdout.split()
-    ours = subprocess.run([*command[:4], *options], text=True, capture_output=True, check=False)
-    assert ours.returncode == 0, ours.stderr
-    assert "exchange='moments'" in ours.stdout and "each of 8 context-parallel ranks receives" in ours.stdout
-    exact = subprocess.run(command[:-2], text=True, capture_output=True, check=False)
-    assert exact.returncode == 0 and "muse:" not in exact.stdout
