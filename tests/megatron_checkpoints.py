@@ -12,18 +12,23 @@ import torch
 import torch.distributed as dist
 
 
+FORMAT = "fully_reshardable"
+
+
 def _states(models: list[Any], optimizer: Any, loading: bool) -> dict[str, Any]:
     (model,) = models
     shards = {"model": model.module.sharded_state_dict()}
-    state = optimizer.sharded_state_dict(shards["model"], is_loading=loading, **_format(optimizer))
+    distributed = {"metadata": {"distrib_optim_sharding_type": FORMAT}}
+    options = distributed if optimizer.config.use_distributed_optimizer else {}
+    state = optimizer.sharded_state_dict(shards["model"], is_loading=loading, **options)
     return shards | {"optimizer": state}
 
 
-def _format(optimizer: Any) -> dict[str, Any]:
-    """How the distributed optimizer is written, for any number of ranks; the default of 0.16 cannot be saved."""
-    known = getattr(optimizer.chained_optimizers[0], "checkpoint_fully_reshardable_formats", ())
-    name = "fully_reshardable"
-    return {"metadata": {"distrib_optim_sharding_type": name}} if name in known else {}
+def can_restore_distributed() -> bool:
+    """Whether this megatron-core writes its distributed optimizer in a form for any number of ranks."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return FORMAT in getattr(DistributedOptimizer, "checkpoint_fully_reshardable_formats", ())
 
 
 def save(folder: str, models: list[Any], optimizer: Any) -> None:
@@ -63,7 +68,9 @@ def _torch_adam(optimizer: Any) -> Iterator[None]:
         yield
         return
     (inner,) = optimizer.chained_optimizers
-    inner._init_optimizer_states_with_dummy_values()
+    for parameter in (p for group in inner.optimizer.param_groups for p in group["params"]):
+        inner.optimizer.state[parameter] = {
+            "step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
     stock = inner._set_main_param_and_optimizer_states
 
     def set_states(parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:

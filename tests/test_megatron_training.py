@@ -6,6 +6,7 @@ import torch
 from filelock import FileLock
 
 from muse_dist import MuseConfig
+from tests.megatron_checkpoints import can_restore_distributed
 from tests.megatron_cpu import Case, train_cases
 from tests.ranks import run_ranks
 
@@ -36,10 +37,12 @@ def cases(folder):
         "four layers": Case(KV, model=FOUR), "four layers pp2 vp2": Case(KV, pp=2, vp=2, model=FOUR),
         "experts": Case(KV, model=EXPERTS), "experts cp2": Case(KV, cp=2, model=EXPERTS),
         "exact experts": Case(None, model=EXPERTS), "near experts cp2": Case(NEAR, cp=2, model=EXPERTS),
+        "bf16": Case(MOMENTS, cp=2, dtype=torch.bfloat16),
+        "distributed": Case(KV, cp=2, **DISTRIBUTED),
+    } | ({} if not can_restore_distributed() else {
         "distributed": Case(KV, cp=2, save=f"{folder}/distributed", **DISTRIBUTED),
         "distributed resumed": Case(KV, load=f"{folder}/distributed", **DISTRIBUTED),
-        "bf16": Case(MOMENTS, cp=2, dtype=torch.bfloat16),
-    }
+    })
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,8 @@ def test_the_distributed_optimizer(trained):
 
 
 def test_a_checkpoint_of_the_distributed_optimizer_goes_on_with_one_context_parallel_rank(trained):
+    if "distributed resumed" not in trained[0]:
+        pytest.skip("this megatron-core cannot restore it on CPU")
     wanted = trained[0]["distributed"]
     for found in (rank["distributed resumed"] for rank in trained):
         (last,) = found.history
