@@ -22,7 +22,10 @@ NEVER = 1e30  # a log-sum-exp under which every weight is 0, and finite: kernels
 
 
 class Run(NamedTuple):
-    """Consecutive query blocks of which each reads one key block, all at the same distance."""
+    """Consecutive query blocks of which each reads one key block, all at the same distance.
+
+    Or a tall query block, of several blocks that read the same key block.
+    """
 
     query: int  # the first query block
     key: int  # the key block that it reads
@@ -128,7 +131,20 @@ def find_runs(pairs: tuple[tuple[int, int, bool], ...], block: int, queries: int
             runs[-1] = last._replace(blocks=last.blocks + 1)
         else:
             runs.append(run)
-    return sorted(runs, key=lambda run: -run.blocks * run.rows)
+    return sorted(_tall(runs, block), key=lambda run: -run.blocks * run.rows)
+
+
+def _tall(runs: list[Run], block: int) -> list[Run]:
+    """Consecutive query blocks that read the same key block, sinks from another rank, as one tall block."""
+    result: list[Run] = []
+    for run in sorted(runs, key=lambda run: (run.diagonal or run.blocks > 1, run.key, run.query)):
+        last = result[-1] if result else None
+        alone = run.blocks == 1 and not run.diagonal
+        if last and alone and last.key == run.key and last.query * block + last.rows == run.query * block:
+            result[-1] = last._replace(rows=last.rows + run.rows)
+        else:
+            result.append(run)
+    return result
 
 
 def _exact(exact: Exact | None, q: Tensor, run: Run) -> Exact:

@@ -113,6 +113,9 @@ SHAPES = {
     "batch, one head a group": {"tokens": BLOCK + 5, "batch": 2, "heads": 1, "group": 1},
     "some rows without pairs, other keys": {
         "tokens": 4 * BLOCK, "keys": 2 * BLOCK + 8, "heads": 1, "pairs": [(1, 0, False), (3, 1, False), (3, 2, False)]},
+    "a halo block, and sinks that all blocks read": {
+        "tokens": 3 * BLOCK - 3, "keys": BLOCK + 8, "heads": 1, "group": 1,
+        "pairs": [(0, 0, False), (0, 1, False), (1, 1, False), (2, 1, False)]},
 }
 COMBINATIONS = [(dtype, 24, shape) for dtype in (torch.float32, torch.float16) for shape in SHAPES]
 if GPU:
@@ -225,6 +228,14 @@ def test_runs_of_two_chunks_of_one_rank_that_are_apart():
     within = [(i, j, i == j) for i, j in [(0, 0), (1, 0), (1, 1), (2, 2), (3, 2), (3, 3)]]
     assert find_runs(tuple(within), 4, 16, 16) == [
         Run(0, 0, 4, True, 4, 4), Run(1, 0, 1, False, 4, 4), Run(3, 2, 1, False, 4, 4)]
+
+
+def test_blocks_that_all_read_the_same_short_block_are_one_run():
+    """As those of a rank read its halo and the sinks, which another rank sent."""
+    pairs = [(0, 0, False), *((i, 1, False) for i in range(5))]
+    assert find_runs(tuple(pairs), 8, 37, 11) == [Run(0, 1, 1, False, 37, 3), Run(0, 0, 1, False, 8, 8)]
+    apart = [(i, 1, False) for i in (0, 1, 3, 4)]
+    assert find_runs(tuple(apart), 8, 37, 11) == [Run(0, 1, 1, False, 16, 3), Run(3, 1, 1, False, 13, 3)]
 
 
 @pytest.mark.parametrize("queries, keys, halo, causal", [(37, 37, 1, True), (40, 40, 3, False), (64, 64, 2, True)])
