@@ -114,7 +114,8 @@ def far_forward(
     Args:
         q: [B, K, G, S, D], the tokens of `query_blocks`; k, v: [B, K, T, D], those of `key_blocks`.
     """
-    ops, parts, room = kernels_for(config, q), [], Room.of(q, k, v, len(query_blocks), len(key_blocks), config)
+    ops, parts = kernels_for(config, q), []
+    room = Room.of(q, k, len(query_blocks), len(key_blocks), config, gradients=False)
     for heads in room.heads():
         here = plan.of_heads(heads)
         blocks = arrange(ops, q[:, heads], k[:, heads], v[:, heads], here, config)
@@ -145,7 +146,8 @@ def add_far_backward(
     query_blocks: Sequence[int], key_blocks: Sequence[int], scale: float, config: MuseConfig,
 ) -> None:
     """Add the gradients of `far_forward` for q, k and v to `grads` in place."""
-    ops, room = kernels_for(config, q), Room.of(q, k, v, len(query_blocks), len(key_blocks), config)
+    ops = kernels_for(config, q)
+    room = Room.of(q, k, len(query_blocks), len(key_blocks), config, gradients=True)
     for heads in room.heads():
         here = plan.of_heads(heads)
         blocks = arrange(ops, q[:, heads], k[:, heads], v[:, heads], here, config)
@@ -194,18 +196,21 @@ def join_rows(found: Sequence[tuple[slice, Tensor]], q: Tensor) -> Tensor:
 class Room(NamedTuple):
     """How heads and query blocks are taken together so that moments and their gradients stay as small as the inputs."""
 
-    head_bytes: int  # of the moments of one query block of one key/value head
+    head_bytes: int  # of what one query block of one key/value head sees of the leaves
     bound: int
     head_count: int
     query_count: int
     config: MuseConfig
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, query_count: int, key_count: int, config: MuseConfig) -> Room:
-        """For q [B, K, G, S, D] of `query_count` blocks, k and v [B, K, T, D] of `key_count` blocks."""
+    def of(
+        cls, q: Tensor, k: Tensor, query_count: int, key_count: int, config: MuseConfig, *, gradients: bool
+    ) -> Room:
+        """For q [B, K, G, S, D] of `query_count` blocks and k [B, K, T, D] of `key_count`, whose size is the bound."""
         leaves = key_count * (config.block // config.leaf)
-        one = moment_bytes(q.shape[0], config.anchors, leaves, q.shape[-1], q.dtype)
-        return cls(one, q.nbytes + k.nbytes + v.nbytes, k.shape[1], query_count, config)
+        one = (1 + gradients) * moment_bytes(q.shape[0], config.anchors, leaves, q.shape[-1], q.dtype)
+        one += 4 * q.shape[0] * (q.shape[2] * config.block // config.group) * leaves  # what a group has left out
+        return cls(one, q.nbytes + k.nbytes, k.shape[1], query_count, config)
 
     def heads(self) -> list[slice]:
         """Key/value heads that are worked on together."""
@@ -222,8 +227,8 @@ class Room(NamedTuple):
 
 
 def moment_bytes(batch: int, anchors: int, leaves: int, dim: int, dtype: torch.dtype) -> int:
-    """Bytes of the moments of `leaves` leaves of a head about `anchors` anchors, and of their gradients."""
-    return 2 * batch * anchors * leaves * (2 * dim * dtype.itemsize + 8)
+    """Bytes of the moments of `leaves` leaves of a head about `anchors` anchors."""
+    return batch * anchors * leaves * (2 * dim * dtype.itemsize + 8)
 
 
 def no_moments(leaf: Moments) -> Moments:

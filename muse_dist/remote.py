@@ -168,7 +168,7 @@ def _rows(ops: ModuleType, q: Tensor, plan: Plan, config: MuseConfig) -> Tensor:
 def _block_bytes(k: Tensor, remote: RemoteLeaves, config: MuseConfig) -> int:
     """Bytes of the moments that the parts of one query block of one head see of remote leaves, with gradients."""
     leaves = len(remote.blocks) * (config.block // config.remote_leaf)
-    return moment_bytes(k.shape[0], config.anchors, leaves, k.shape[3], k.dtype)
+    return 2 * moment_bytes(k.shape[0], config.anchors, leaves, k.shape[3], k.dtype)
 
 
 def _remote_heads(
