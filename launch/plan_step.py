@@ -78,7 +78,7 @@ def setup_of(config: RunConfig, world: int, *, exact: bool, context: int | None 
 
 @dataclass(frozen=True)
 class Step:
-    """A measured step; `engine` is "torch" or "deepspeed", whose speeds are not compared."""
+    """A measured step; the speeds of engines are not compared."""
 
     setup: Setup
     seconds: float
@@ -93,7 +93,7 @@ def scaling_step(row: Mapping[str, Any]) -> Step:
                        train=TrainConfig(**settings["train"]), data=DataConfig(**settings["data"]),
                        muse=MuseConfig(**settings["muse"]))
     setup = setup_of(config, row["ranks"], exact=row["attention"] == "exact")
-    return Step(setup, row["seconds"], row["memory_bytes"], "torch")
+    return Step(setup, row["seconds"], row["memory_bytes"], config.train.engine)
 
 
 def bench_step(row: Mapping[str, Any]) -> Step:
