@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from muse_dist.stages import stage
+
 LOG = logging.getLogger("muse_dist")
 SUCCESS = 0  # of PyTorch's WorkResult, which torch.distributed does not export
 
@@ -56,7 +58,8 @@ class Pending:
         NCCL lets only the GPU wait; what fails there is named in the log, before PyTorch ends the process.
         """
         try:
-            self.work.wait()
+            with stage(f"wait for {self.name}"):
+                self.work.wait()
         except Exception as error:
             raise RuntimeError(f"{_failure(self.name, self.where)}: {error}") from error
         return self.finish()
@@ -79,11 +82,12 @@ class Communicator:
 
     def all_gather(self, name: str, x: Tensor) -> Pending:
         """Post the gathering of equal tensors; `wait` gives the tensor of every rank, in rank order."""
-        send = _to_bytes([x])
-        received = send.new_empty(self.size * send.numel())
-        parts = list(received.chunk(self.size))
-        work = self._post(name, lambda: dist.all_gather(parts, send, group=self.group, async_op=True))
-        self._watch(name, send.device, work)
+        with stage(f"post {name}"):
+            send = _to_bytes([x])
+            received = send.new_empty(self.size * send.numel())
+            parts = list(received.chunk(self.size))
+            work = self._post(name, lambda: dist.all_gather(parts, send, group=self.group, async_op=True))
+            self._watch(name, send.device, work)
         self._count(name, (self.size - 1) * send.numel())
         spec = [(x.shape, x.dtype)]
         return Pending(name, work, self._where(), send, lambda: [_from_bytes(part, spec)[0] for part in parts])
@@ -96,12 +100,13 @@ class Communicator:
 
         `wait` gives the tensors received, those of rank 0 first. A rank's own entry is empty.
         """
-        buffers = [_to_bytes(tensors, device) for tensors in send]
         sizes = [sum(padded(prod(shape) * dtype.itemsize) for shape, dtype in specs) for specs in receive]
-        data, received = torch.cat(buffers), torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        work = self._post(name, lambda: dist.all_to_all_single(
-            received, data, sizes, [b.numel() for b in buffers], group=self.group, async_op=True))
-        self._watch(name, device, work)
+        with stage(f"post {name}"):
+            buffers = [_to_bytes(tensors, device) for tensors in send]
+            data, received = torch.cat(buffers), torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+            work = self._post(name, lambda: dist.all_to_all_single(
+                received, data, sizes, [b.numel() for b in buffers], group=self.group, async_op=True))
+            self._watch(name, device, work)
         self._count(name, sum(sizes))
         specs = [spec for part in receive for spec in part]
         return Pending(name, work, self._where(), data, lambda: _from_bytes(received, specs))

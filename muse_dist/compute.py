@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from muse_dist.backend import kernels_for
 from muse_dist.config import MuseConfig
 from muse_dist.kernels.reference import Moments
 from muse_dist.layout import block_count, near_pairs
 from muse_dist.slabs import FarSlab, far_slabs, head_slabs
+from muse_dist.stages import staged
 from muse_dist.tree import Blocks, Plan, arrange, sorted_blocks
 
 
@@ -31,8 +31,31 @@ def near_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, config: MuseConf
     """The near field of a whole sequence: out [B, K, G, N, D], lse [B, K, G, N]."""
     blocks = range(block_count(q.shape[3], config.block))
     pairs = near_pairs(blocks, blocks, config)
-    with record_function("muse_dist::near field"):
-        return kernels_for(config, q).near_field(q, k, v, scale, pairs, config.block)
+    return near_field(q, k, v, scale, pairs, config)
+
+
+@staged("near field")
+def near_field(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, pairs: Sequence[tuple[int, int, bool]], config: MuseConfig
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of the pairs of blocks that `near_pairs` lists: out [B, K, G, S, D], lse [B, K, G, S]."""
+    return kernels_for(config, q).near_field(q, k, v, scale, pairs, config.block)  # type: ignore[no-any-return]
+
+
+@staged("near field backward")
+def near_field_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    pairs: Sequence[tuple[int, int, bool]], config: MuseConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) of `near_field`, given the merged out and lse."""
+    return kernels_for(config, q).near_field_backward(  # type: ignore[no-any-return]
+        dout, q, k, v, out, lse, scale, pairs, config.block)
+
+
+@staged("merge")
+def merge(parts: Sequence[tuple[Tensor, Tensor]], config: MuseConfig) -> tuple[Tensor, Tensor]:
+    """Join partial softmaxes of the same queries: out [B, K, G, S, D], lse [B, K, G, S]."""
+    return kernels_for(config, parts[0][0]).merge(parts)  # type: ignore[no-any-return]
 
 
 def forward(
@@ -43,9 +66,7 @@ def forward(
     if plan is None:
         return near
     blocks = range(plan.key_order.shape[2])
-    with record_function("muse_dist::far field"):
-        far = far_forward(q, k, v, plan, blocks, blocks, scale, config)
-    return kernels_for(config, q).merge([near, far])
+    return merge([near, far_forward(q, k, v, plan, blocks, blocks, scale, config)], config)
 
 
 def backward(
@@ -53,15 +74,11 @@ def backward(
     config: MuseConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv), given those of `out`. Moments are computed again rather than kept."""
-    ops = kernels_for(config, q)
     places = range(block_count(q.shape[3], config.block))
-    pairs = near_pairs(places, places, config)
-    with record_function("muse_dist::near field backward"):
-        grads = ops.near_field_backward(dout, q, k, v, out, lse, scale, pairs, config.block)
+    grads = near_field_backward(dout, q, k, v, out, lse, scale, near_pairs(places, places, config), config)
     if plan is not None:
-        with record_function("muse_dist::far field backward"):
-            up = Upstream(dout, lse, ops.row_dots(dout, out))
-            add_far_backward(grads, up, q, k, v, plan, places, places, scale, config)
+        up = Upstream(dout, lse, kernels_for(config, q).row_dots(dout, out))
+        add_far_backward(grads, up, q, k, v, plan, places, places, scale, config)
     return grads
 
 
@@ -105,6 +122,7 @@ def join_heads(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return parts[0] if len(parts) == 1 else tuple(torch.cat(x, 1) for x in zip(*parts))
 
 
+@staged("far field")
 def far_forward(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, query_blocks: Sequence[int], key_blocks: Sequence[int], scale: float,
     config: MuseConfig,
@@ -141,6 +159,7 @@ def join_blocks(found: Sequence[tuple[slice, tuple[Tensor, Tensor]]], q: Tensor)
     return out, lse
 
 
+@staged("far field backward")
 def add_far_backward(
     grads: tuple[Tensor, Tensor, Tensor], up: Upstream, q: Tensor, k: Tensor, v: Tensor, plan: Plan,
     query_blocks: Sequence[int], key_blocks: Sequence[int], scale: float, config: MuseConfig,

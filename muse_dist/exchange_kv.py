@@ -8,9 +8,10 @@ from torch import Tensor
 
 from muse_dist.comm import Pending
 from muse_dist.backend import kernels_for
-from muse_dist.compute import Upstream, add_far_backward, far_forward
+from muse_dist.compute import Upstream, add_far_backward, far_forward, merge, near_field, near_field_backward
 from muse_dist.layout import near_pairs
 from muse_dist.shard import Shard
+from muse_dist.stages import staged
 from muse_dist.tree import Plan, has_far_field, open_blocks, order_blocks
 
 
@@ -22,17 +23,23 @@ class Saved(NamedTuple):
 
 def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Saved]:
     """Out [B, K, G, S, D] and lse [B, K, G, S] of a rank's queries, all in the working dtype, k and v [B, K, S, D]."""
-    ops, config = kernels_for(s.config, q), s.config
+    config = s.config
     gathered = s.comm.all_gather("keys and values", torch.stack([k, v]).to(s.dtype))
     ordered = _order(s, q, k) if has_far_field(s.layout.tokens, config) else None
-    parts = [ops.near_field(q, k, v, s.scale, near_pairs(s.mine, s.mine, config), config.block)]
-    all_k, all_v = s.layout.join(gathered.wait(), 3).to(k.dtype)  # [B, K, N, D] each
+    parts = [near_field(q, k, v, s.scale, near_pairs(s.mine, s.mine, config), config)]
+    all_k, all_v = _join(s, gathered, k.dtype)  # [B, K, N, D] each
     plan = None if ordered is None else _join_orders(s, *ordered)
-    parts.append(ops.near_field(q, all_k, all_v, s.scale, s.other_pairs, config.block))
+    parts.append(near_field(q, all_k, all_v, s.scale, s.other_pairs, config))
     if plan is not None:
         plan = plan._replace(opened=open_blocks(q, all_k, plan, s.mine, s.everything, config, s.scale))
         parts.append(far_forward(q, all_k, all_v, plan, s.mine, s.everything, s.scale, config))
-    return *ops.merge(parts), Saved(plan)
+    return *merge(parts, config), Saved(plan)
+
+
+@staged("unpack")
+def _join(s: Shard, gathered: Pending, dtype: torch.dtype) -> Tensor:
+    """Keys and values of all ranks [2, B, K, N, D], once they are there."""
+    return s.layout.join(gathered.wait(), 3).to(dtype)
 
 
 def _order(s: Shard, q: Tensor, k: Tensor) -> tuple[Plan, Pending]:
@@ -51,25 +58,26 @@ def backward(
     s: Shard, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Saved
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of the rank's own shard, with what the other ranks' losses add to dk and dv."""
-    ops, config, plan = kernels_for(s.config, q), s.config, saved.plan
+    config, plan = s.config, saved.plan
     gathered = s.comm.all_gather("keys and values", torch.stack([k, v]).to(s.dtype))
     pairs = near_pairs(s.mine, s.mine, config)
     # The keys travel behind each block's own near field, the gradients behind that of the blocks beside it.
     within, beside = ([p for p in pairs if (p[0] == p[1]) == same] for same in (True, False))
-    own = ops.near_field_backward(dout, q, k, v, out, lse, s.scale, within, config.block)
-    all_k, all_v = s.layout.join(gathered.wait(), 3).to(k.dtype)
-    dq, dk, dv = ops.near_field_backward(dout, q, all_k, all_v, out, lse, s.scale, s.other_pairs, config.block)
+    own = near_field_backward(dout, q, k, v, out, lse, s.scale, within, config)
+    all_k, all_v = _join(s, gathered, k.dtype)
+    dq, dk, dv = near_field_backward(dout, q, all_k, all_v, out, lse, s.scale, s.other_pairs, config)
     if plan is not None:
-        up = Upstream(dout, lse, ops.row_dots(dout, out))
+        up = Upstream(dout, lse, kernels_for(config, q).row_dots(dout, out))
         add_far_backward((dq, dk, dv), up, q, all_k, all_v, plan, s.mine, s.everything, s.scale, config)
     grads = torch.stack([dk, dv])
     shares = [s.layout.shard(grads, rank, 3) for rank in range(s.comm.size)]
     pending = _post_shares(s, shares)
-    rest = ops.near_field_backward(dout, q, k, v, out, lse, s.scale, beside, config.block)
+    rest = near_field_backward(dout, q, k, v, out, lse, s.scale, beside, config)
     sent = _sum_shares(s, pending, shares[s.comm.rank])
     return dq + own[0] + rest[0], sent[0] + own[1] + rest[1], sent[1] + own[2] + rest[2]
 
 
+@staged("pack")
 def _post_shares(s: Shard, shares: list[Tensor]) -> Pending:
     """Send every other rank its share [2, B, K, S, D] of the gradients of all keys and values."""
     others = [rank for rank in range(s.comm.size) if rank != s.comm.rank]
@@ -79,6 +87,7 @@ def _post_shares(s: Shard, shares: list[Tensor]) -> Pending:
     return s.comm.all_to_all("keys and values gradients", send, receive, shares[0].device)
 
 
+@staged("unpack")
 def _sum_shares(s: Shard, pending: Pending, mine: Tensor) -> Tensor:
     """This rank's share [2, B, K, S, D], summed over the ranks in rank order."""
     received = iter(pending.wait())

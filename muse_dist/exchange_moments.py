@@ -13,7 +13,7 @@ from torch import Tensor
 
 from muse_dist.comm import Pending
 from muse_dist.backend import kernels_for
-from muse_dist.compute import Upstream, add_far_backward, far_forward
+from muse_dist.compute import Upstream, add_far_backward, far_forward, merge, near_field, near_field_backward
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.layout import chunk_pairs, near_pairs
 from muse_dist.remote import (
@@ -32,6 +32,7 @@ from muse_dist.remote import (
 )
 from muse_dist.shard import Shard, add_halo_gradients, post_halo, post_halo_gradients, received_halo
 from muse_dist.slabs import places
+from muse_dist.stages import staged
 from muse_dist.tree import Plan, from_leaves, open_blocks, order_blocks, to_leaves
 
 
@@ -47,23 +48,23 @@ class Saved(NamedTuple):
 
 def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Saved]:
     """Out [B, K, G, S, D] and lse [B, K, G, S] of a rank's queries, all in the working dtype, k and v [B, K, S, D]."""
-    ops, config = kernels_for(s.config, q), s.config
+    config = s.config
     halo = post_halo(s, k, v)
     plan = order_blocks(q, k, config, min(config.leaf, config.remote_leaf), s.mine[0] == 0)
     plan = plan._replace(anchors=plan.anchors.to(s.dtype).to(q.dtype))
     anchors = chunk_anchors(plan, s.layout, config)
     gathered = s.comm.all_gather("anchors", anchors.anchor.to(s.dtype))
-    parts = [ops.near_field(q, k, v, s.scale, near_pairs(s.mine, s.mine, config), config.block)]
+    parts = [near_field(q, k, v, s.scale, near_pairs(s.mine, s.mine, config), config)]
     everyone = torch.stack(gathered.wait()).to(q.dtype)
     anchors = anchors._replace(anchor=everyone[s.comm.rank])
     moments = _post_moments(s, k, v, plan, everyone)
     keys, values = received_halo(s, halo, k)
-    parts.append(ops.near_field(q, keys, values, s.scale, s.halo_pairs, config.block))
+    parts.append(near_field(q, keys, values, s.scale, s.halo_pairs, config))
     plan = plan._replace(opened=open_blocks(q, k, plan, s.mine, s.mine, config, s.scale))
     parts.append(far_forward(q, k, v, plan, s.mine, s.mine, s.scale, config))
     messages = _messages(moments.wait())
     parts.append(remote_forward(q, k, plan, anchors, _remote(s, messages, q.dtype), s.mine, s.scale, config))
-    out, lse = ops.merge(parts)
+    out, lse = merge(parts, config)
     return out, lse, Saved(plan, anchors, everyone, (keys, values), messages)
 
 
@@ -71,15 +72,15 @@ def backward(
     s: Shard, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Saved
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of the rank's own shard, with what the other ranks' losses add to dk and dv."""
-    ops, config, plan = kernels_for(s.config, q), s.config, saved.plan
-    up = Upstream(dout, lse, ops.row_dots(dout, out))
+    config, plan = s.config, saved.plan
+    up = Upstream(dout, lse, kernels_for(config, q).row_dots(dout, out))
     dq, grads = remote_backward(
         up, q, k, plan, saved.anchors, _remote(s, saved.messages, q.dtype), s.mine, s.scale, config)
     moment_grads = _post_moment_gradients(s, grads, k)
-    d_rows, *d_halo = ops.near_field_backward(dout, q, *saved.halo, out, lse, s.scale, s.halo_pairs, config.block)
+    d_rows, *d_halo = near_field_backward(dout, q, *saved.halo, out, lse, s.scale, s.halo_pairs, config)
     halo_grads = post_halo_gradients(s, d_halo[0], d_halo[1])
-    own = ops.near_field_backward(
-        dout, q, k, v, out, lse, s.scale, near_pairs(s.mine, s.mine, config), config.block)
+    own = near_field_backward(
+        dout, q, k, v, out, lse, s.scale, near_pairs(s.mine, s.mine, config), config)
     add_far_backward(own, up, q, k, v, plan, s.mine, s.mine, s.scale, config)
     own_q, dk, dv = own
     add_halo_gradients(s, halo_grads, dk, dv)
@@ -128,6 +129,7 @@ def _audience(s: Shard, everyone: Tensor, mine: int) -> Audience | None:
     return Audience(chunks, torch.stack(anchors, 2), sight, remote_valid(mine, s.layout, s.config, device))
 
 
+@staged("moments")
 def _post_moments(s: Shard, k: Tensor, v: Tensor, plan: Plan, everyone: Tensor) -> Pending:
     """Send every rank the moments of this rank's leaves about the anchors of its chunks."""
     ops, config = kernels_for(s.config, k), s.config
@@ -145,6 +147,7 @@ def _post_moments(s: Shard, k: Tensor, v: Tensor, plan: Plan, everyone: Tensor) 
     return s.comm.all_to_all("moments", send, receive, k.device)
 
 
+@staged("unpack")
 def _remote(s: Shard, messages: Sequence[Message], dtype: torch.dtype) -> list[RemoteLeaves | None]:
     """The messages received, joined for each of this rank's chunks."""
     arrival = [pair for rank in range(s.comm.size) for pair in chunk_pairs(s.layout, rank, s.comm.rank, s.config)]
@@ -155,6 +158,7 @@ def _remote(s: Shard, messages: Sequence[Message], dtype: torch.dtype) -> list[R
     return result
 
 
+@staged("pack")
 def _post_moment_gradients(s: Shard, grads: Sequence[Moments | None], k: Tensor) -> Pending:
     """Send the gradients of the moments to the ranks the leaves belong to."""
     send: list[list[Tensor]] = [[] for _ in range(s.comm.size)]
@@ -171,6 +175,7 @@ def _post_moment_gradients(s: Shard, grads: Sequence[Moments | None], k: Tensor)
     return s.comm.all_to_all("moments gradients", send, receive, k.device)
 
 
+@staged("moments backward")
 def _moment_gradients_home(
     s: Shard, messages: Sequence[Message], k: Tensor, v: Tensor, plan: Plan, everyone: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from muse_dist.kernels.clustering import bisect
 from muse_dist.kernels.reference import Moments
 from muse_dist.layout import Layout, chunk_pairs
 from muse_dist.slabs import FarSlab, far_slabs, head_slabs
+from muse_dist.stages import staged
 from muse_dist.tree import Plan
 
 Spec = tuple[tuple[int, ...], torch.dtype]
@@ -47,6 +48,7 @@ class RemoteLeaves(NamedTuple):
         return RemoteLeaves(Moments(*(x[:, heads] for x in self.leaf)), self.blocks)
 
 
+@staged("order")
 def chunk_anchors(plan: Plan, layout: Layout, config: MuseConfig) -> ChunkAnchors:
     """Bisect the block anchors of every chunk into `remote_anchors` parts and take their means."""
     points = plan.anchors.unflatten(2, (layout.chunks_per_rank, -1)).flatten(3, 4)  # [B, K, C, n/C * R, D]
@@ -110,6 +112,7 @@ def sources(layout: Layout, rank: int, chunk: int, config: MuseConfig) -> list[t
             for mine, theirs in chunk_pairs(layout, source, rank, config) if theirs == chunk]
 
 
+@staged("remote")
 def remote_forward(
     q: Tensor, k: Tensor, plan: Plan, anchors: ChunkAnchors, leaves: Sequence[RemoteLeaves | None],
     query_blocks: Sequence[int], scale: float, config: MuseConfig,
@@ -131,6 +134,7 @@ def remote_forward(
     return join_heads(parts)  # type: ignore[return-value]
 
 
+@staged("remote backward")
 def remote_backward(
     up: Upstream, q: Tensor, k: Tensor, plan: Plan, anchors: ChunkAnchors, leaves: Sequence[RemoteLeaves | None],
     query_blocks: Sequence[int], scale: float, config: MuseConfig,

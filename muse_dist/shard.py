@@ -11,6 +11,7 @@ from torch import Tensor
 from muse_dist.comm import Communicator, Pending
 from muse_dist.config import MuseConfig
 from muse_dist.layout import Layout, halo_blocks, is_far, near_pairs, needs_sinks
+from muse_dist.stages import staged
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Shard:
         return len(self.halo[owner]) * self.config.block, self.sinks_for(owner, self.comm.rank)
 
 
+@staged("pack")
 def post_halo(s: Shard, k: Tensor, v: Tensor) -> Pending:
     """Send the halo blocks and sinks of k and v [B, K, S, D] to the ranks that read them exactly."""
     send = []
@@ -96,6 +98,7 @@ def _halo_specs(s: Shard, k: Tensor, owner: int) -> list[tuple[tuple[int, ...], 
     return [(shape, s.dtype), (shape, s.dtype)] if tokens else []
 
 
+@staged("unpack")
 def received_halo(s: Shard, pending: Pending, k: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values received [B, K, T, D], halo blocks first and sinks last, as `halo_pairs` counts them."""
     tensors = iter(pending.wait())
@@ -111,6 +114,7 @@ def received_halo(s: Shard, pending: Pending, k: Tensor) -> tuple[Tensor, Tensor
     return keys, values
 
 
+@staged("pack")
 def post_halo_gradients(s: Shard, dk: Tensor, dv: Tensor) -> Pending:
     """Send the gradients of the halo blocks and sinks [B, K, T, D] home."""
     send, at = [], 0
@@ -127,6 +131,7 @@ def post_halo_gradients(s: Shard, dk: Tensor, dv: Tensor) -> Pending:
     return s.comm.all_to_all("halo and sinks gradients", send, receive, dk.device)
 
 
+@staged("unpack")
 def add_halo_gradients(s: Shard, pending: Pending, dk: Tensor, dv: Tensor) -> None:
     """Add what other ranks' queries give this rank's keys and values to dk and dv [B, K, S, D], in rank order."""
     tensors = iter(pending.wait())

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import record_function
 
 from muse_dist.backend import kernels_for
 from muse_dist.config import MuseConfig
 from muse_dist.layout import block_count
 from muse_dist.slabs import FarSlab, far_slabs, head_slabs
+from muse_dist.stages import staged
 
 AXES = 8  # principal axes the trees split along; more change nothing measurable
 
@@ -91,13 +91,12 @@ def make_plan(q: Tensor, k: Tensor, config: MuseConfig, scale: float) -> Plan:
     Returns:
         a Plan; without randomness, and bitwise the same for the same input.
     """
-    with record_function("muse_dist::order"):
-        plan = order_blocks(q, k, config, config.leaf, True)
+    plan = order_blocks(q, k, config, config.leaf, True)
     blocks = range(block_count(k.shape[2], config.block))
-    with record_function("muse_dist::choice"):
-        return plan._replace(opened=open_blocks(q, k, plan, blocks, blocks, config, scale))
+    return plan._replace(opened=open_blocks(q, k, plan, blocks, blocks, config, scale))
 
 
+@staged("order")
 def order_blocks(q: Tensor, k: Tensor, config: MuseConfig, part: int, first: bool) -> Plan:
     """The orders and anchors of blocks, each from its own queries and keys; `opened` is left empty.
 
@@ -177,6 +176,7 @@ def sorted_blocks(x: Tensor, plan: Plan) -> Tensor:
     return x.flatten(2, 3).unflatten(2, plan.key_order.shape[2:])
 
 
+@staged("choice")
 def open_blocks(
     q: Tensor, k: Tensor, plan: Plan, query_blocks: Sequence[int], key_blocks: Sequence[int], config: MuseConfig,
     scale: float,

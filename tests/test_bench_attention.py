@@ -139,7 +139,8 @@ def test_errors_are_those_on_the_very_same_inputs(measured):
 def test_stages_are_those_of_muse(measured):
     rows, _ = measured
     assert [("stages" in row) for row in rows] == [row["variant"] == "fast" for row in rows]
-    assert {"plan", "attend", "attend_backward"} <= {stage["stage"] for stage in rows[-1]["stages"]}
+    names = {"order", "choice", "near field", "far field", "merge", "near field backward", "far field backward"}
+    assert names <= {stage["stage"] for stage in rows[-1]["stages"]}
 
 
 def test_figures_are_images(measured):
@@ -209,9 +210,20 @@ def over_ranks(words):
     return rows
 
 
+def stages_on_ranks(name):
+    """What the profile of MuSe on ranks must name: its computations and its exchanges, both ways."""
+    twice = ["near field", "far field", *(["remote", "moments"] if name == "fast moments" else [])]
+    exchanges = {
+        "fast moments": ["halo and sinks", "anchors", "moments", "moments gradients", "halo and sinks gradients"],
+        "fast kv": ["keys and values", "key order", "keys and values gradients"]}[name]
+    return {"order", "choice", "merge", "pack", "unpack", *twice, *(f"{stage} backward" for stage in twice),
+            *(f"{step} {exchange}" for step in ("post", "wait for") for exchange in exchanges)}
+
+
 def test_ranks_are_measured_side_by_side():
     # JSON lines are the first rank's. No rival here: torch's needs GPUs, and DeepSpeed compiles extensions for minutes.
-    words = ["attention", "--tokens", "256", *QUICK, "--rivals", "cp_allgather_cudnn", "--json", "unused"]
+    words = ["attention", "--tokens", "256", *QUICK, "--rivals", "cp_allgather_cudnn", "--profile",
+             "--json", "unused"]
     first, second = run_ranks(2, over_ranks, words)
     rows = {row["variant"]: row for row in first}
     assert second == [] and list(rows) == ["cp_allgather_cudnn", "fast moments", "fast kv"]
@@ -219,6 +231,7 @@ def test_ranks_are_measured_side_by_side():
     for name in ("fast moments", "fast kv"):
         assert rows[name]["check"]["passed"] and rows[name]["ranks"] == 2 and rows[name]["layout"] == "zigzag"
         assert "2 ranks against one process" in rows[name]["check"]["what"]
+        assert stages_on_ranks(name) <= {stage["stage"] for stage in rows[name]["stages"]}
     assert rows["fast kv"]["error"]["out"] < rows["fast moments"]["error"]["out"] < 1
     alone = make_inputs(Shape(4, 2, 256, 16), None, torch.device("cpu"), torch.float32)
     places = choose_rows(256, 48, torch.device("cpu"))
