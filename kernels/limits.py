@@ -22,6 +22,13 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def even_parts(count: int, together: int) -> list[slice]:
+    """`count` things in as few runs of at most `together` (at least one) as can be, all about as long."""
+    parts = ceil_div(count, max(1, together))
+    ends = [count * i // parts for i in range(parts + 1)]
+    return [slice(a, b) for a, b in zip(ends, ends[1:])]
+
+
 def padded(size: int) -> int:
     """The power of two that tiles of `size` take; tl.dot needs 16."""
     return max(16, power_of_two(size))

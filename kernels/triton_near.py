@@ -1,7 +1,8 @@
 """The near field in few calls of exact attention.
 
 Pairs of blocks at the same distance and of the same sizes are one call, with the blocks in the place of the batch:
-strided views, nothing is copied. On one device a causal near field takes `halo` + 1 calls, whatever the length.
+strided views, nothing is copied. On one device a causal near field takes `halo` + 1 calls, whatever the number of
+blocks; a short last block takes as many again.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from muse_dist.kernels.exact_kernels import Exact, exact_kernels
+from muse_dist.kernels.limits import even_parts
 from muse_dist.kernels.triton_common import check_kernel_inputs
 from muse_dist.kernels.triton_merge import Part, add_part, join
 
@@ -49,8 +51,14 @@ def near_field(
         out [B, K, G, S, D] in the dtype of q and lse [B, K, G, S] in fp32; 0 and -inf for queries that have no pair.
     """
     check_kernel_inputs(q.shape[-1], 1, q=q, k=k, v=v)
-    found = [_near_field(q[:, some], k[:, some], v[:, some], scale, pairs, block, exact) for some in _together(q, k)]
-    return found[0] if len(found) == 1 else tuple(torch.cat(x, 1) for x in zip(*found))  # type: ignore[return-value]
+    parts = _parts(q, k)
+    if len(parts) == 1:
+        return _near_field(q, k, v, scale, pairs, block, exact)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    for entry, head, group in parts:
+        out[entry, head, group], lse[entry, head, group] = _near_field(
+            q[entry, head, group], k[entry, head], v[entry, head], scale, pairs, block, exact)
+    return out, lse
 
 
 def _near_field(
@@ -82,12 +90,17 @@ def near_field_backward(
         q, k, v, scale, pairs, block, exact: as in `near_field`.
     """
     check_kernel_inputs(q.shape[-1], 1, q=q, k=k, v=v, out=out, dout=dout)
-    found = []
-    for some in _together(q, k):
-        d_part, q_part, k_part, v_part, out_part, lse_part = (x[:, some] for x in (dout, q, k, v, out, lse))
-        found.append(_near_field_backward(
-            d_part, q_part, k_part, v_part, out_part, lse_part, scale, pairs, block, exact))
-    return found[0] if len(found) == 1 else tuple(torch.cat(x, 1) for x in zip(*found))  # type: ignore[return-value]
+    parts = _parts(q, k)
+    if len(parts) == 1:
+        return _near_field_backward(dout, q, k, v, out, lse, scale, pairs, block, exact)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for entry, head, group in parts:
+        d_part, q_part, out_part, lse_part = (x[entry, head, group] for x in (dout, q, out, lse))
+        dq[entry, head, group], dk_part, dv_part = _near_field_backward(
+            d_part, q_part, k[entry, head], v[entry, head], out_part, lse_part, scale, pairs, block, exact)
+        dk[entry, head] += dk_part
+        dv[entry, head] += dv_part
+    return dq, dk, dv
 
 
 def _near_field_backward(
@@ -111,12 +124,17 @@ def _near_field_backward(
     return dq, dk, dv
 
 
-def _together(q: Tensor, k: Tensor) -> list[slice]:
-    """Key heads of q [B, K, G, S, D] and k [B, K, T, D] whose tensors have at most MOST elements, in even parts."""
-    heads = k.shape[1]
-    parts = min(heads, max(-(-x.numel() // MOST) for x in (q, k)))
-    ends = [heads * i // parts for i in range(parts + 1)]
-    return [slice(a, b) for a, b in zip(ends, ends[1:])]
+def _parts(q: Tensor, k: Tensor) -> list[tuple[slice, slice, slice]]:
+    """Batch entries, key heads and their query heads that make tensors of at most MOST elements, if a head does.
+
+    Of q [B, K, G, S, D] and k [B, K, T, D]; all together where that is few enough.
+    """
+    (batch, heads, group), one = q.shape[:3], q[0, 0, 0].numel()
+    if max(q.numel(), k.numel()) <= MOST:
+        return [(slice(0, batch), slice(0, heads), slice(0, group))]
+    keys = min(MOST // max(1, one * group), MOST // max(1, k[0, 0].numel()))  # heads that fit with all their queries
+    return [(slice(entry, entry + 1), head, queries) for entry in range(batch) for head in even_parts(heads, keys)
+            for queries in even_parts(group, group if keys else MOST // max(1, one))]
 
 
 @functools.lru_cache(maxsize=256)  # on a GPU host time counts
@@ -135,7 +153,7 @@ def find_runs(pairs: tuple[tuple[int, int, bool], ...], block: int, queries: int
 
 
 def _tall(runs: list[Run], block: int) -> list[Run]:
-    """Consecutive query blocks that read the same key block, sinks from another rank, as one tall block."""
+    """Consecutive query blocks that read the same key block, as those of a rank read sinks, as one tall block."""
     result: list[Run] = []
     for run in sorted(runs, key=lambda run: (run.diagonal or run.blocks > 1, run.key, run.query)):
         last = result[-1] if result else None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from muse_dist.config import MuseConfig
+from muse_dist.kernels.limits import even_parts
 from muse_dist.kernels.plain_blocks import Sight
 from muse_dist.layout import is_far
 
@@ -43,7 +44,7 @@ def head_slabs(heads: int, block_bytes: int, blocks: int, bound: int) -> list[sl
         block_bytes: temporary memory of one query block of one head that sees all leaves; blocks: query blocks.
         bound: how much all may take. With the size of the inputs for it memory grows as the length, not its square.
     """
-    return _slabs(heads, bound // max(1, block_bytes * blocks))
+    return even_parts(heads, bound // max(1, block_bytes * blocks))
 
 
 def far_slabs(
@@ -58,7 +59,7 @@ def far_slabs(
         per_block: leaves in a key block.
     """
     result = []
-    for rows in _slabs(len(query_blocks), bound // max(1, block_bytes)):
+    for rows in even_parts(len(query_blocks), bound // max(1, block_bytes)):
         here = query_blocks[rows]
         first, last = min(here), max(here)  # a block that is far from any of them is far from one of these two
         count = max((place + 1 for place, j in enumerate(key_blocks)
@@ -66,13 +67,6 @@ def far_slabs(
         if count:
             result.append(FarSlab(rows, count * per_block, here, key_blocks[:count], config.halo, config.causal))
     return result
-
-
-def _slabs(count: int, together: int) -> list[slice]:
-    """`count` things in as few runs of at most `together` (at least one) as can be, all about as long."""
-    pieces = -(-count // max(1, together))
-    ends = [count * i // pieces for i in range(pieces + 1)]
-    return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 
 def places(blocks: Sequence[int], device: torch.device) -> Tensor:

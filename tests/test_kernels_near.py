@@ -224,6 +224,22 @@ def test_a_short_block_is_a_run_of_its_own():
         Run(0, 0, 2, True, 8, 8), Run(1, 0, 1, False, 8, 8), Run(2, 1, 1, False, 3, 8), Run(2, 2, 1, True, 3, 3)]
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 4), (2, 3, 2), (3, 1, 1)], ids=str)
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_tensors_that_are_too_large_are_taken_in_parts(shape, most, monkeypatch):
+    """`most` query heads at a time: the same result, and no part is larger."""
+    batch, heads, group = shape
+    case = Case(batch=batch, heads=heads, group=group, tokens=BLOCK + 5, dim=20)
+    monkeypatch.setattr(triton_near, "MOST", most * case.q[0, 0, 0].numel())
+    parts = triton_near._parts(case.q, case.k)
+    assert all(max(case.q[part].numel(), case.k[part[:2]].numel()) <= triton_near.MOST for part in parts)
+    seen = torch.zeros(shape)
+    for part in parts:
+        seen[part] += 1
+    assert (seen == 1).all() and (len(parts) > 1) == (seen.numel() > most)
+    case.check()
+
+
 def test_runs_of_two_chunks_of_one_rank_that_are_apart():
     within = [(i, j, i == j) for i, j in [(0, 0), (1, 0), (1, 1), (2, 2), (3, 2), (3, 3)]]
     assert find_runs(tuple(within), 4, 16, 16) == [
