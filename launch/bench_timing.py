@@ -3,15 +3,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from launch.bench_exact import relative
 from launch.ranks import Ranks
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Value = TypeVar("Value")
 LEAST, MOST = 3, 100  # repetitions of a measurement
+REPLAY_TOLERANCE = 0.02  # relative: kernels that add with atomics give other bits every time
 CACHE_BYTES = 256 << 20  # more than any GPU's L2 cache holds
 
 
@@ -62,8 +65,10 @@ def measure(
     peak, estimate = _peak_bytes(function, leaves, dout, ranks)
     count = min(max(int(seconds / estimate), LEAST), MOST)
     if graphs:
-        replays = _captured(function, leaves, dout)
+        replays = _on_all(ranks, lambda: _captured(function, leaves, dout))
         times = timed(lambda: _replay_marks(replays, ranks), ranks, count)
+        wanted = step(function, leaves, dout)
+        _on_all(ranks, lambda: replays.compare(wanted))
         pairs = [[forward, both - forward] for forward, both in times]
     else:
         pairs = timed(lambda: _marks(function, leaves, dout, ranks), ranks, count)
@@ -71,28 +76,51 @@ def measure(
     return Times(spread(forward), spread(backward), spread([sum(pair) for pair in pairs])), peak
 
 
-def _captured(
-    function: Attention, leaves: Sequence[Tensor], dout: Tensor
-) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
-    """Graphs of a forward, and of a forward and its backward. Nothing in them may wait for the GPU."""
+class Replays(NamedTuple):
+    """CUDA graphs of a forward, and of a forward and its backward."""
+
+    forward: torch.cuda.CUDAGraph
+    both: torch.cuda.CUDAGraph
+    results: list[Tensor]  # out, dq, dk and dv of the last replay
+
+    def compare(self, wanted: Sequence[Tensor]) -> None:
+        """RuntimeError unless the last replay gave what the same step gives without graphs."""
+        for name, found, right in zip(("out", "dq", "dk", "dv"), self.results, wanted):
+            error = relative(found, right)
+            if not error <= REPLAY_TOLERANCE:
+                raise RuntimeError(f"the CUDA graph's {name} differs by {error:.1g} from that without graphs")
+
+
+def _on_all(ranks: Ranks, function: Callable[[], Value]) -> Value:
+    """What `function` returns; if it fails on any rank, none goes on to exchanges that this one would miss."""
+    problem = None
+    try:
+        value = function()
+    except Exception as error:  # whatever cannot be captured, the next variant may
+        problem = f"{type(error).__name__}: {error}"
+    ranks.agree(problem)
+    return value
+
+
+def _captured(function: Attention, leaves: Sequence[Tensor], dout: Tensor) -> Replays:
+    """Graphs of what has run before, exchanges between ranks too. Nothing in them may wait for the GPU."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step(function, leaves, dout)
     torch.cuda.current_stream().wait_stream(stream)
     forward, both = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(forward):
+    # NCCL's watchdog asks about events meanwhile, which only captures of this thread alone allow.
+    with torch.cuda.graph(forward, capture_error_mode="thread_local"):
         function(*leaves)
-    with torch.cuda.graph(both):
-        step(function, leaves, dout)
-    return forward, both
+    with torch.cuda.graph(both, capture_error_mode="thread_local"):
+        results = step(function, leaves, dout)
+    return Replays(forward, both, results)
 
 
-def _replay_marks(
-    replays: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph], ranks: Ranks
-) -> list[torch.cuda.Event | float]:
+def _replay_marks(replays: Replays, ranks: Ranks) -> list[torch.cuda.Event | float]:
     marks = [mark(ranks.device)]
-    for graph in replays:
+    for graph in (replays.forward, replays.both):
         graph.replay()
         marks.append(mark(ranks.device))
     return marks

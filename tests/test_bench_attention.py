@@ -9,7 +9,7 @@ from tests.ranks import run_ranks
 
 from launch import bench_attention, bench_check, bench_rivals
 from launch.bench import _parser, main
-from launch.bench_check import Check, check_muse, check_rival, scaled
+from launch.bench_check import Check, check_muse, check_rival, scaled, with_timed
 from launch.bench_exact import Rows, choose_rows, exact_rows, only_rows, squared_errors
 from launch.bench_inputs import Shape, make_inputs
 from launch.bench_rivals import Problem
@@ -83,6 +83,13 @@ def test_scaled_settings_keep_leaves_groups_and_what_is_opened(preset):
 @pytest.mark.parametrize(("error", "passed"), [(1e-5, True), (2e-3, False), (math.nan, False)])
 def test_rivals_are_held_to_exact_attention(error, passed):
     assert check_rival({"out": 1e-6, "dk": error}, torch.bfloat16, 9).passed is passed
+
+
+@pytest.mark.parametrize(("worst", "error", "passed"), [
+    (0.5, 0.99, True), (0.5, 1.0, False), (0.5, math.inf, False), (0.5, math.nan, False), (1.5, 0.1, False)])
+def test_the_timed_results_must_be_better_than_zeros(worst, error, passed):
+    check = with_timed(Check("short", worst), {"out": 0.1, "dq": 0.2, "dk": error, "dv": 0.3}, 9)
+    assert check.passed is passed and check.what.startswith("short; ")
 
 
 def test_a_check_without_a_number_fails():
@@ -159,6 +166,14 @@ def test_what_fails_its_check_gets_no_speed_up_and_a_bad_exit(monkeypatch, tmp_p
     assert "FAILED" in line and "x " not in line.split("FAILED")[0]
 
 
+def test_timed_results_that_are_wrong_at_that_length_get_no_speed_up(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_rivals, "muse_attention", lambda q, k, v, **_: 0 * muse_attention(q, k, v, config=CONFIG))
+    with pytest.raises(SystemExit, match="failed the check: fast"):
+        main(["attention", "--tokens", "96", *QUICK, "--rivals", "flash", "--json", str(tmp_path / "rows.jsonl")])
+    _, fast = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert fast["error"]["out"] == 1 and not fast["check"]["passed"] and "speedup" not in fast
+
+
 def test_no_speed_ups_over_a_baseline_that_is_wrong(monkeypatch, tmp_path):
     @contextmanager
     def late(name, problem):
@@ -188,7 +203,7 @@ def test_the_death_of_one_rival_is_its_row(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(("words", "message"), [
     (["--rivals", "cuddn"], "unknown; known are cudnn"), (["--baseline", "cudnn", "--rivals", "flash"], "not measured"),
     (["--set", "opened"], "NAME=VALUE"), (["--set", "blok=3"], "block"), (["--model", "/nowhere"], "neither"),
-    (["--preset", "quick"], "unknown"),
+    (["--preset", "quick"], "unknown"), (["--graphs"], "needs GPUs"),
 ])
 def test_bad_options_name_themselves_and_the_fix(words, message, capsys):
     with pytest.raises(SystemExit):

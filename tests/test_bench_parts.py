@@ -1,16 +1,18 @@
 """The parts the benchmarks are made of: exact rows, windows, times, inputs of a trained model, traces."""
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.ranks import run_ranks
 from torch import Tensor
 
 from launch.bench_exact import Rows, Window, choose_rows, cosines, exact_rows, only_rows, squared_errors
 from launch.bench_inputs import Shape, TrainedHeads, make_inputs
 from launch.bench_rivals import Unavailable, window_mask
-from launch.bench_timing import measure, spread, timed
+from launch.bench_timing import Replays, _on_all, measure, spread, timed
 from launch.bench_traces import overlap, read, record, stages
 from launch.options import changed, setting
 from launch.ranks import Ranks
@@ -112,6 +114,30 @@ def test_windows_that_are_no_whole_tiles_are_refused(block, tokens):
 
 def test_spread_is_the_median_and_the_outer_tenths():
     assert spread([float(x) for x in range(11)]) == (5.0, 1.0, 9.0, 11)
+
+
+@pytest.mark.parametrize(("factor", "fails"), [(1.001, False), (1.1, True), (math.nan, True)])
+def test_graphs_must_replay_what_was_checked(factor, fails):
+    right = [normal(3, 4, seed=i) for i in range(4)]
+    replays = Replays(None, None, [*right[:2], factor * right[2], right[3]])
+    with pytest.raises(RuntimeError, match="graph's dk differs") if fails else nullcontext():
+        replays.compare(right)
+
+
+def fails_on_the_second_rank():
+    import torch.distributed as dist
+
+    group = dist.group.WORLD
+    ranks = Ranks(dist.get_rank(), 2, CPU, "zigzag", group, group, group)
+    assert _on_all(ranks, dist.get_rank) == dist.get_rank()
+    try:
+        _on_all(ranks, lambda: 1 // (1 - dist.get_rank()))
+    except ValueError as error:
+        return str(error)
+
+
+def test_what_one_rank_cannot_capture_no_rank_replays():
+    assert run_ranks(2, fails_on_the_second_rank) == ["ZeroDivisionError: integer division or modulo by zero"] * 2
 
 
 def test_timed_gives_the_seconds_between_marks():
