@@ -102,7 +102,7 @@ def layer_row(problem: Problem, config: MuseConfig, check: Check, seconds: float
 def _layer(config: MuseConfig, comm: Communicator, ranks: Ranks) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """`muse_attention` over the ranks with a communicator of one's own."""
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shard = make_shard(q, k, config, q.shape[-1] ** -0.5, comm, ranks.layout, None)
+        shard = make_shard(q, k, v, config, q.shape[-1] ** -0.5, comm, ranks.layout, None)
         return ParallelAttention.apply(q, k, v, shard)  # type: ignore[no-untyped-call, no-any-return]
 
     return attention

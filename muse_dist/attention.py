@@ -63,7 +63,7 @@ def _parallel(
         q, k, v = _autocast(q, k, v)
     except (ValueError, TypeError) as error:
         problem = str(error)
-    shard = make_shard(q, k, config, number, comm, layout, problem)
+    shard = make_shard(q, k, v, config, number, comm, layout, problem)
     if comm.size == 1:
         return _one_device(q, k, v, config, number)
     return ParallelAttention.apply(q, k, v, shard)

@@ -50,7 +50,7 @@ def _order(s: Shard, q: Tensor, k: Tensor) -> tuple[Plan, Pending]:
 
 def _join_orders(s: Shard, plan: Plan, orders: Pending) -> Plan:
     """The structure of own queries and all keys, once the orders are there."""
-    return plan._replace(key_order=s.layout_blocks(orders.wait()).to(torch.int64),
+    return plan._replace(key_order=s.layout.join(orders.wait(), 2).to(torch.int64),
                          anchors=plan.anchors.to(s.dtype).to(plan.anchors.dtype))
 
 

@@ -107,13 +107,19 @@ class Layout:
         return (starts + torch.arange(self.block)).flatten()
 
     def shard(self, x: Tensor, rank: int, dim: int) -> Tensor:
-        """The part of a full tensor that a rank holds, along dimension `dim` of length N."""
-        return x.index_select(dim, self.positions(rank).to(x.device))
+        """The part of a full tensor that a rank holds, along `dim`: of N tokens, or one entry a block or leaf.
+
+        A view where the rank holds one chunk.
+        """
+        chunks = x.chunk(self.chunks, dim)
+        held = [chunks[chunk] for chunk in self.chunks_of(rank)]
+        return held[0] if len(held) == 1 else torch.cat(held, dim)
 
     def join(self, shards: Sequence[Tensor], dim: int) -> Tensor:
         """The full tensor from the parts of all ranks, in rank order: the inverse of `shard`."""
-        places = torch.cat([self.positions(rank) for rank in range(self.ranks)])
-        return torch.cat(list(shards), dim).index_select(dim, places.argsort().to(shards[0].device))
+        found = {chunk: part for rank, shard in enumerate(shards)
+                 for chunk, part in zip(self.chunks_of(rank), shard.chunk(self.chunks_per_rank, dim))}
+        return torch.cat([found[chunk] for chunk in range(self.chunks)], dim)
 
 
 @lru_cache(maxsize=1024)

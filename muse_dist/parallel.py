@@ -18,10 +18,10 @@ from muse_dist.tree import Plan
 
 
 def make_shard(
-    q: Tensor, k: Tensor, config: MuseConfig, scale: float, comm: Communicator, layout: LayoutName,
+    q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: float, comm: Communicator, layout: LayoutName,
     problem: str | None,
 ) -> Shard:
-    """What a call on local shards q [B, H, S, D], k [B, K, S, D] needs to know, agreed on with the other ranks.
+    """What a call on local shards q [B, H, S, D], k and v [B, K, S, D] needs to know, agreed on with the other ranks.
 
     `problem` is what this rank's own checks found, so that all ranks hear of it instead of waiting for this one.
     Raises ValueError on every rank if any has a problem or calls with other shapes, dtypes or settings.
@@ -33,7 +33,7 @@ def make_shard(
         except ValueError as error:
             problem = str(error)
     # Sizes of this rank's own call; all ranks must say the same.
-    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k))
+    backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v))
     comm.agree(f"q {_describe(q)}, k {_describe(k)}, {layout}, scale={scale:.9g}, {backward=}, {config}", problem)
     assert described is not None
     return Shard(comm, described, config, scale, q.dtype)

@@ -40,11 +40,6 @@ class Shard:
         held = set(self.mine)
         return [pair for pair in near_pairs(self.mine, self.everything, self.config) if pair[1] not in held]
 
-    def layout_blocks(self, shards: Sequence[Tensor]) -> Tensor:
-        """Per-block tensors [B, K, n / P, ...] of all ranks in the order of the sequence: [B, K, n, ...]."""
-        held = torch.tensor([j for rank in range(self.layout.ranks) for j in self.layout.blocks_of(rank)])
-        return torch.cat(list(shards), 2).index_select(2, held.argsort().to(shards[0].device))
-
     @cached_property
     def halo(self) -> list[list[int]]:
         """Halo blocks this rank receives from each rank."""

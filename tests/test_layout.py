@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse_dist import MuseConfig
 from muse_dist.layout import (
@@ -73,6 +74,31 @@ def test_join_is_the_inverse_of_shard(layout, dim):
     assert torch.equal(layout.join([s.movedim(dim, -1) for s in shards], -1), x.movedim(dim, -1))
     for rank, shard in enumerate(shards):
         assert torch.equal(shard, x.index_select(dim, layout.positions(rank)))
+
+
+@given(layouts())
+@settings(deadline=None, max_examples=30)
+def test_join_and_shard_take_entries_of_blocks(layout):
+    """Any dimension that the chunks divide: here one entry a block."""
+    x = torch.arange(layout.tokens // layout.block)[None]
+    shards = [layout.shard(x, rank, 1) for rank in range(layout.ranks)]
+    assert [shard[0].tolist() for shard in shards] == [layout.blocks_of(rank) for rank in range(layout.ranks)]
+    assert torch.equal(layout.join(shards, 1), x)
+
+
+class OnlyCopies(TorchDispatchMode):
+    """Refuses what makes or reads indices: on a GPU those would come from the host, which waits to copy them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func in (torch.ops.aten.split.Tensor, torch.ops.aten.cat.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["contiguous", "zigzag"])
+def test_join_and_shard_need_no_indices(name):
+    layout, x = Layout(name, 2, 16, 2), torch.randn(3, 16)
+    with OnlyCopies():
+        layout.join([layout.shard(x, rank, 1) for rank in range(2)], 1)
 
 
 def test_join_and_shard_are_differentiable():

@@ -40,6 +40,7 @@ PROBLEMS = {
     "one rank with another scale": (1, {"scale": 0.3}, ["rank 1: ", "scale=0.3", "same"]),
     "one rank with a wrong scale": (1, {"scale": -1.0}, ["rank 1: scale=-1.0"]),
     "one rank under autocast": (1, {"autocast": True, "dtype": torch.float32, "others": torch.float32}, ["bfloat16"]),
+    "one rank with gradients of v alone": (1, {"v_grad": True}, ["rank 1: ", "backward=True", "same"]),
     "one rank with a counter that is none": (1, {"counter": 5}, ["rank 1: counter"]),
     "two different problems": ({0: {"scale": -1.0}, 2: {"config": 3}}, None, ["rank 0: scale", "rank 2: config"]),
 }
@@ -51,14 +52,15 @@ def short_group(ranks=None):
 
 
 def call(tokens=16, batch=1, heads=2, kv_heads=1, dim=4, dtype=torch.float64, k_dtype=None, q=None, autocast=False,
-         others=None, group=None, **options):
+         others=None, v_grad=False, group=None, **options):
     """One call with the arguments given; returns "fine", or what was raised."""
     del others
     k = torch.zeros(batch, kv_heads, tokens, dim, dtype=k_dtype or dtype)
+    v = k.clone().requires_grad_(v_grad)
     q = torch.zeros(batch, heads, tokens, dim, dtype=dtype) if q is None else q
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            muse_attention(q, k, k.clone(), group=group or dist.group.WORLD, **{"config": small(), **options})
+            muse_attention(q, k, v, group=group or dist.group.WORLD, **{"config": small(), **options})
     except (ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return "fine"
