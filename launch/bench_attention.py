@@ -39,7 +39,7 @@ class Bench:
     causal: bool
     variants: list[Variant]
     model: TrainedHeads | None
-    checks: dict[tuple[str, int], Check | str]  # of MuSe, by name and head dim; a string is the error it ended with
+    checks: dict[tuple[str, int, int], Check | str]  # of MuSe, by name, dim and kv heads; a string is an error
 
 
 def run(options: argparse.Namespace) -> None:
@@ -54,8 +54,8 @@ def run_ranks(ranks: Ranks, options: argparse.Namespace) -> None:
     """Measure every size, print a table a size, append JSON lines, draw; exit with 1 if a check has failed."""
     bench = _prepare(ranks, options)
     rows: list[Row] = []
-    for dim, tokens in product(options.dim, options.tokens):
-        shape = Shape(options.heads, options.kv_heads or options.heads, tokens, dim)
+    for dim, kv_heads, tokens in product(options.dim, options.kv_heads or [options.heads], options.tokens):
+        shape = Shape(options.heads, kv_heads, tokens, dim)
         found = measure_size(bench, Problem(shape, bench.causal, bench.dtype, ranks))
         rows += found
         if ranks.first:
@@ -77,19 +77,23 @@ def _prepare(ranks: Ranks, options: argparse.Namespace) -> Bench:
     names = ("moments", "kv") if ranks.size > 1 else ("",)
     muse = {" ".join(filter(None, (preset, exchange))): _config(preset, exchange, options)
             for preset in options.preset for exchange in names}
-    first = next(iter(muse.values()))
-    known = rivals(ranks, Window(first.block, first.halo), options.causal)
-    unknown = set(options.rivals or ()) - {"none", *(rival.name for rival in known)}
-    if unknown:
-        raise ValueError(f"--rivals {' '.join(sorted(unknown))}: unknown; known are "
-                         f"{', '.join(rival.name for rival in known)} and none")
-    chosen = [rival for rival in known if options.rivals is None or rival.name in options.rivals]
+    windows = list(dict.fromkeys(Window(config.block, config.halo) for config in muse.values()))
+    chosen = _chosen(rivals(ranks, windows, options.causal), options.rivals)
     chosen += [muse_variant(name, config, ranks) for name, config in muse.items()]
     if options.baseline is not None and options.baseline not in [variant.name for variant in chosen]:
         raise ValueError(f"--baseline {options.baseline}: is not measured; take one of "
                          f"{', '.join(variant.name for variant in chosen)}")
     model = None if options.model is None else TrainedHeads(options.model, ranks.device, dtype)
     return Bench(ranks, options, dtype, options.causal, chosen, model, {})
+
+
+def _chosen(known: list[Variant], names: list[str] | None) -> list[Variant]:
+    """The rivals called so, all if `names` is None; "flex_window" means every window."""
+    families = {rival.name: {rival.name, "flex_window"} if rival.window else {rival.name} for rival in known}
+    unknown = set(names or ()) - {"none"}.union(*families.values())
+    if unknown:
+        raise ValueError(f"--rivals {' '.join(sorted(unknown))}: unknown; known are {', '.join(families)} and none")
+    return [rival for rival in known if names is None or families[rival.name] & set(names)]
 
 
 def _config(preset: str, exchange: str, options: argparse.Namespace) -> MuseConfig:
@@ -178,13 +182,13 @@ def _split(variant: Variant, problem: Problem) -> Layout:
 
 def _check(bench: Bench, problem: Problem, variant: Variant, inputs: Inputs, places: Tensor, sparse: Tensor,
            found: Rows, errors: dict[str, float]) -> Check:
-    """Of MuSe once a head dim on a short sequence, and roughly on the timed inputs; of rivals on these alone."""
+    """Of MuSe once a kind of heads on a short sequence, and roughly on the timed inputs; of rivals on these alone."""
     if variant.config is None:
         if variant.window is not None:
             errors = squared_errors(found, exact_rows(
                 inputs.q, inputs.k, inputs.v, sparse, places, problem.causal, variant.window))
         return check_rival(errors, problem.dtype, len(places))
-    key = (variant.name, problem.shape.dim)
+    key = (variant.name, problem.shape.dim, problem.shape.kv_heads)
     if key not in bench.checks:
         function = check_muse if problem.ranks.size == 1 else check_muse_ranks
         try:
@@ -268,7 +272,7 @@ def add_command(commands: Any) -> None:
                          help="of the whole sequence (default: %(default)s)")
     command.add_argument("--dim", type=int, nargs="+", default=[64], help="head dim (default: %(default)s)")
     command.add_argument("--heads", type=int, default=16, help="query heads (default: %(default)s)")
-    command.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
+    command.add_argument("--kv-heads", type=int, nargs="+", help="key/value heads (default: as many as query heads)")
     command.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                          help="default: bfloat16 on a GPU, float32 on the CPU")
     sight = command.add_mutually_exclusive_group()

@@ -50,9 +50,11 @@ def run_ranks(ranks: Ranks, options: argparse.Namespace) -> None:
         raise ValueError("the ranks do not compute what one process does: no times are printed")
     failures = []
     for tokens in options.tokens:
+        counts = {}
         for config, check in zip(configs, checks):
             problem = Problem(Shape(*heads, tokens, options.dim), config.causal, dtype, ranks)
             row = layer_row(problem, config, check, options.seconds)
+            counts[config.exchange] = _of_far_fields(row["received"])
             _say(ranks, exchange_table(row))
             if options.trace is not None:
                 path = options.trace.with_stem(f"{options.trace.stem}-{tokens}-{config.exchange}")
@@ -62,6 +64,7 @@ def run_ranks(ranks: Ranks, options: argparse.Namespace) -> None:
                              if share == 0]
             if ranks.first and options.json is not None:
                 write_line(options.json, {"benchmark": "exchange", "preset": options.preset, **row})
+        _say(ranks, f"all but halo and sinks, moments / kv: {counts['moments'] / counts['kv']:.2%}")
     if failures:
         raise SystemExit(f"no compute kernel runs while data travels: {'; '.join(failures)}")
 
@@ -137,8 +140,7 @@ def exchange_table(row: dict[str, Any]) -> str:
         times = "" if alone is None else (f"{1e3 * alone['median']:>11.3f}{1e3 * alone['low']:>9.3f}"
                                           f"{1e3 * alone['high']:>9.3f}")
         lines.append(f"  {name:<28}{count:>16,}{times}")
-    apart = sum(n for name, n in row["received"].items() if name.startswith("halo"))
-    lines.append(f"  {'all but halo and sinks':<28}{sum(row['received'].values()) - apart:>16,}")
+    lines.append(f"  {'all but halo and sinks':<28}{_of_far_fields(row['received']):>16,}")
     lines.append(f"  {'all':<28}{sum(row['received'].values()):>16,}{1e3 * row['alone_seconds']:>11.3f}"
                  + ("" if row["as_predicted"] else "  not as predicted"))
     lines.append(f"  {'':<28}{'forward ms':>16}{'backward':>11}{'both':>9}")
@@ -148,6 +150,11 @@ def exchange_table(row: dict[str, Any]) -> str:
     lines.append(f"  exposed {1e3 * row['exposed_seconds']:.3f} ms, {row['exposed_share']:.1%} of the layer; "
                  f"hidden {row['hidden_share']:.1%} of the exchanges' time alone")
     return "\n".join(lines)
+
+
+def _of_far_fields(received: dict[str, int]) -> int:
+    """Bytes of what is not halo and sinks."""
+    return sum(count for name, count in received.items() if not name.startswith("halo"))
 
 
 def trace_overlap(problem: Problem, config: MuseConfig, path: Path) -> dict[str, float | None]:

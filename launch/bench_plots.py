@@ -18,21 +18,21 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def _write(rows: Sequence[Row], path: Path, draw: Any) -> Path:
-    """A panel a head dim, with a line a variant in the same colours."""
+    """A panel for each head dim and number of key/value heads, with a line a variant in the same colours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    dims = sorted({row["dim"] for row in rows})
+    panels = sorted({(row["dim"], row["kv_heads"]) for row in rows})
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    figure = Figure(figsize=(6.5 * len(dims), 5), layout="constrained")
+    figure = Figure(figsize=(6.5 * len(panels), 5), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, dim in zip(figure.subplots(1, len(dims), squeeze=False)[0], dims):
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        here = [row for row in rows if (row["dim"], row["kv_heads"]) == panel]
         for number, name in enumerate(names):
-            points = sorted((row for row in rows if row["dim"] == dim and row["variant"] == name),
-                            key=lambda row: row["tokens"])
+            points = sorted((row for row in here if row["variant"] == name), key=lambda row: row["tokens"])
             if points:
                 draw(axes, points, label=name, color=f"C{number % 10}", marker="os^vD*"[number // 10 % 6])
-        axes.set_title(_title(next(row for row in rows if row["dim"] == dim)))
+        axes.set_title(_title(here[0]))
         axes.grid(True, which="both", alpha=0.3)
     figure.axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -6,7 +6,7 @@ and backward run inside the context. `Unavailable` says what is missing where it
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,16 +64,17 @@ def muse_variant(name: str, config: MuseConfig, ranks: Ranks) -> Variant:
     return Variant(name, f"MuSe, blocks of {config.block}", _open_muse(config), ranks.layout, config)
 
 
-def rivals(ranks: Ranks, window: Window, causal: bool) -> list[Variant]:
-    """Everything MuSe is compared with, on one device or over several ranks; `window` is that of the near field."""
+def rivals(ranks: Ranks, windows: Sequence[Window], causal: bool) -> list[Variant]:
+    """Everything MuSe is compared with, on one device or over several ranks; `windows` are those of near fields."""
     if ranks.size == 1:
         return [
             *(Variant(name, f"exact, {name} kernel of torch", partial(sdpa, name)) for name in BACKENDS),
             Variant("flash_attn", "exact, package flash_attn", partial(packaged_flash, "flash_attn")),
             Variant("flash_attn_3", "exact, package flash_attn_interface",
                     partial(packaged_flash, "flash_attn_interface")),
-            Variant("flex_window", f"FlexAttention, near field only: block {window.block}, halo {window.halo}",
-                    partial(flex_window, window), window=window),
+            *(Variant(_window_name(window, windows),
+                      f"FlexAttention, near field only: block {window.block}, halo {window.halo}",
+                      partial(flex_window, window), window=window) for window in windows),
         ]
     # torch balances causal work by the same pairs of chunks as "zigzag".
     layout: LayoutName = "zigzag" if causal else "contiguous"
@@ -83,6 +84,12 @@ def rivals(ranks: Ranks, window: Window, causal: bool) -> list[Variant]:
           for method in ("allgather", "alltoall") for name in ("cudnn", "flash")),
         Variant("ulysses", "exact, DeepSpeed-Ulysses", ulysses),
     ]
+
+
+def _window_name(window: Window, windows: Sequence[Window]) -> str:
+    """By its block, and by its halo where that alone tells windows apart."""
+    alike = [other for other in windows if other.block == window.block]
+    return f"flex_window_{window.block}" + (f"_halo_{window.halo}" if len(alike) > 1 else "")
 
 
 def _open_muse(config: MuseConfig) -> Callable[[Problem], AbstractContextManager[Attention]]:

@@ -103,7 +103,7 @@ def _layer(row: Row) -> Layer | None:
                 row.get("layout", "zigzag"))
     if kind == "exchange":
         return Layer(case, row["silent"]["forward"]["median"], row["silent"]["backward"]["median"], row["exchange"])
-    if row["ranks"] > 1 or not row["causal"] or not row["check"]["passed"] or row["variant"] == "flex_window":
+    if row["ranks"] > 1 or not row["causal"] or not row["check"]["passed"] or row["variant"].startswith("flex_window"):
         return None
     return Layer(case, row["forward"]["median"], row["backward"]["median"], row["variant"], row.get("graphs", False))
 

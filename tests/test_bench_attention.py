@@ -7,10 +7,10 @@ import pytest
 import torch
 from tests.ranks import run_ranks
 
-from launch import bench_attention, bench_check, bench_rivals
+from launch import bench_attention, bench_check, bench_plots, bench_rivals
 from launch.bench import _parser, main
 from launch.bench_check import Check, check_muse, check_rival, scaled, with_timed
-from launch.bench_exact import Rows, choose_rows, exact_rows, only_rows, squared_errors
+from launch.bench_exact import Rows, Window, choose_rows, exact_rows, only_rows, squared_errors
 from launch.bench_inputs import Shape, make_inputs
 from launch.bench_rivals import Problem
 from launch.ranks import Ranks
@@ -110,11 +110,11 @@ def measured(tmp_path_factory):
 
 def test_a_row_a_variant_and_length(measured):
     rows, _ = measured
-    names = ["cudnn", "flash", "efficient", "flash_attn", "flash_attn_3", "flex_window", "fast"]
+    names = ["cudnn", "flash", "efficient", "flash_attn", "flash_attn_3", "flex_window_32", "fast"]
     assert [(row["tokens"], row["variant"]) for row in rows] == [(n, name) for n in (96, 200) for name in names]
     assert {row["inputs"] for row in rows} == {"gaussian"} and {row["rows_checked"] for row in rows} == {48}
     why = {row["variant"]: row["failed"] for row in rows if "failed" in row}
-    assert set(why) == {"cudnn", "efficient", "flash_attn", "flash_attn_3", "flex_window"}
+    assert set(why) == {"cudnn", "efficient", "flash_attn", "flash_attn_3", "flex_window_32"}
     assert "GPU" in why["cudnn"] and "not installed" in why["flash_attn"]
 
 
@@ -148,6 +148,37 @@ def test_stages_are_those_of_muse(measured):
     assert [("stages" in row) for row in rows] == [row["variant"] == "fast" for row in rows]
     names = {"order", "choice", "near field", "far field", "merge", "near field backward", "far field backward"}
     assert names <= {stage["stage"] for stage in rows[-1]["stages"]}
+
+
+def test_every_number_of_key_heads_is_measured_checked_and_drawn(tmp_path, monkeypatch):
+    checked = []
+    real = bench_attention.check_muse
+
+    def check(config, problem):
+        checked.append(problem.shape.kv_heads)
+        return real(config, problem)
+
+    monkeypatch.setattr(bench_attention, "check_muse", check)
+    words = [*QUICK, "--kv-heads", "4", "1", "--rivals", "none", "--json", str(tmp_path / "rows.jsonl")]
+    main(["attention", "--tokens", "96", "64", *words])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["kv_heads"], row["tokens"]) for row in rows] == [(4, 96), (4, 64), (1, 96), (1, 64)]
+    assert checked == [4, 1] and all(row["check"]["passed"] for row in rows)
+    titles = []
+    monkeypatch.setattr(bench_plots, "_title", lambda row: titles.append((row["dim"], row["kv_heads"])) or "")
+    bench_plots.plot(rows, tmp_path)
+    assert titles == [(16, 1), (16, 4)] * 2
+
+
+def test_every_near_field_has_its_window():
+    windows = [Window(32, 1), Window(64, 1), Window(64, 0)]
+    found = [rival for rival in bench_rivals.rivals(ALONE, windows, True) if rival.window]
+    assert [rival.name for rival in found] == ["flex_window_32", "flex_window_64_halo_1", "flex_window_64_halo_0"]
+    assert [rival.window for rival in found] == windows
+    options = _parser().parse_args(["attention", *QUICK, "--preset", "fast", "accurate", "paper", "--set", "block=128",
+                                    "--rivals", "flex_window"])
+    names = [variant.name for variant in bench_attention._prepare(ALONE, options).variants]
+    assert names == ["flex_window_128_halo_1", "flex_window_128_halo_0", "fast", "accurate", "paper"]
 
 
 def test_figures_are_images(measured):

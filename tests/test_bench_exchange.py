@@ -123,6 +123,8 @@ def test_rows_have_bytes_times_and_what_is_exposed(tmp_path):
     apart = rows[0]["received"]
     others = sum(count for name, count in apart.items() if "halo" not in name)
     assert f"{'all but halo and sinks':<28}{others:>16,}" in text
+    ratio = others / sum(rows[1]["received"].values())  # whose halo and sinks come with all other keys
+    assert f"moments / kv: {ratio:.2%}" in text
     assert "no NCCL kernels" in text
     traces = sorted(p.name for p in tmp_path.iterdir())
     assert traces == ["trace-256-kv.json", "trace-256-moments.json"]
