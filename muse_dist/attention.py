@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from muse_dist.checks import check_inputs
+from muse_dist.checks import cast_dtype, check_inputs
 from muse_dist.comm import ByteCounter, Communicator, ProcessGroup
 from muse_dist.compute import backward, forward, working
 from muse_dist.config import MuseConfig
@@ -69,24 +69,20 @@ def _parallel(
     return ParallelAttention.apply(q, k, v, shard)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan | None, config: MuseConfig, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan | None, config: MuseConfig, scale: float | None) -> Tensor:
     """`muse_attention` with the structure that `muse_dist.tree.make_plan` returned; None: there is no far field."""
     scale = check_inputs(q, k, v, config, scale)
+    q, k, v = _autocast(q, k, v)
     return torch.ops.muse_dist.attend(q, k, v, *(_empty_plan(q) if plan is None else plan), scale, config.encoded)[0]
 
 
 def near_only(q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale: float | None = None) -> Tensor:
     """Attention to the own block and the halo alone, the baseline of far fields; shapes as in `muse_attention`."""
-    scale = check_inputs(q, k, v, config, scale)
-    return attend(*_autocast(q, k, v), None, config, scale)
+    return attend(q, k, v, None, config, scale)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast, what torch's own attention does: cast to its dtype; fp64 stays."""
-    kind = q.device.type
-    if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
-        return q, k, v
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = cast_dtype(q)
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 

@@ -20,7 +20,7 @@ def kernels_for(config: MuseConfig, q: Tensor) -> ModuleType:
     """
     name = backend_for(config, q)
     if config.backend == "auto":
-        _say_backend(name, q.device.type)
+        _say_backend(name, q.device.type, triton_problem(config, q) if q.is_cuda and name == "torch" else None)
     if name == "triton":
         from muse_dist.kernels import triton_blocks
 
@@ -37,9 +37,9 @@ def backend_for(config: MuseConfig, q: Tensor) -> str:
     return "triton" if q.is_cuda and triton_problem(config, q) is None else "torch"
 
 
-def triton_problem(config: MuseConfig, q: Tensor) -> str | None:
-    """Why backend="triton" cannot run for queries [..., D], with the fix; None if it can."""
-    return _triton_problem(config, q.device, q.dtype, q.shape[-1])
+def triton_problem(config: MuseConfig, q: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Why backend="triton" cannot run for queries [..., D] cast to `dtype`, with the fix; None if it can."""
+    return _triton_problem(config, q.device, dtype or q.dtype, q.shape[-1])
 
 
 @functools.lru_cache(maxsize=256)  # asked many times a call, and on a GPU host time counts
@@ -75,5 +75,10 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _say_backend(name: str, device: str) -> None:
-    logging.getLogger("muse_dist").info("backend 'auto' takes '%s' on %s", name, device)
+def _say_backend(name: str, device: str, problem: str | None) -> None:
+    """Say once what was chosen; a GPU that cannot run the kernels is slow enough for a warning."""
+    log = logging.getLogger("muse_dist")
+    if problem is None:
+        log.info("backend 'auto' takes '%s' on %s", name, device)
+    else:
+        log.warning("backend 'auto' takes '%s' on %s, which is much slower: %s", name, device, problem)

@@ -35,10 +35,18 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: flo
         raise ValueError(f"q: {heads} heads are not divisible by the {k.shape[1]} heads of k and v; "
                          "each key/value head serves the same number of query heads")
     if config.backend == "triton":
-        problem = triton_problem(config, q)
+        problem = triton_problem(config, q, cast_dtype(q))
         if problem is not None:
             raise ValueError(problem)
     return _check_scale(scale, dim)
+
+
+def cast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype `muse_attention` computes in: under autocast, as in torch's own attention, its dtype; fp64 stays."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def _check_tensor(name: str, x: Tensor, q: Tensor) -> None:

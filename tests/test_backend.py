@@ -82,11 +82,16 @@ def test_backends_have_the_same_functions():
     assert len(FUNCTIONS) == 18
 
 
+# Head dim, key/value heads of two, tokens.
+SIZES = [(16, 1, 304)] + [(dim, kv_heads, 301) for dim in (32, 64, 96, 128, 256) for kv_heads in (1, 2) if GPU]
+
+
+@pytest.mark.parametrize("dim, kv_heads, tokens", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *[torch.bfloat16] * GPU], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_kernels_give_the_attention_of_the_plain_twins(name, dtype):
+def test_kernels_give_the_attention_of_the_plain_twins(name, dtype, dim, kv_heads, tokens):
     """Of the same structure; at most twice the error of exact attention in that dtype."""
-    tensors = inputs(dtype)
+    tensors = inputs(dtype, tokens, 2, kv_heads, dim)
     config = dataclasses.replace(CONFIGS[name], backend="triton")
     wide = dataclasses.replace(config, backend="torch")
     plan = plan_of(tensors, wide)
@@ -174,6 +179,34 @@ def test_the_choice_is_logged(caplog):
             muse_attention(x, x, x, config=CONFIGS["causal"])
     name = "triton" if GPU else "torch"
     assert caplog.messages == [f"backend 'auto' takes '{name}' on {DEVICE.type}"]
+
+
+def test_plain_pytorch_on_a_gpu_is_warned_of_once_with_the_reason(caplog, monkeypatch):
+    from types import SimpleNamespace
+
+    from muse_dist import backend
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    backend._say_backend.cache_clear()
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 63), dtype=torch.bfloat16, shape=(1, 2, 64, 320))
+    with caplog.at_level(logging.INFO, "muse_dist"):
+        assert {backend.kernels_for(MuseConfig(), q) for _ in range(3)} == {plain_blocks}
+        assert backend.kernels_for(MuseConfig(backend="torch"), q) is plain_blocks
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "head dims up to 256, not 320" in record.getMessage()
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_what_fits_on_the_chip_is_asked_of_the_dtype_under_autocast(autocast):
+    config = MuseConfig(backend="triton", leaf=512, block=2048, remote_leaf=16, group=16)
+    x = torch.zeros(1, 1, 64, 64, device=DEVICE)
+    assert "does not fit" in triton_problem(config, x) and triton_problem(config, x, torch.bfloat16) is None
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+        if autocast:
+            assert muse_attention(x, x, x, config=config).dtype == torch.bfloat16
+        else:
+            with pytest.raises(ValueError, match="does not fit"):
+                muse_attention(x, x, x, config=config)
 
 
 on_a_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
