@@ -29,7 +29,7 @@ shift 2
 
 attention=(
     --attention muse
-    --muse-preset fast                      # or accurate, which reads more, or paper
+    --muse-preset fast                      # or accurate, which reads more
     --muse-exchange moments                 # what ranks send each other: summaries of keys; kv: the keys themselves
     --attention-dropout 0                   # MuSe has none; Megatron's default is 0.1
     --no-create-attention-mask-in-dataloader  # a mask of N x N bytes that MuSe does not read

@@ -8,5 +8,7 @@
 # several networks set MASTER_ADDR (and MASTER_PORT for several runs on one host) and pass them on with -x.
 # mpirun ends all ranks when one fails, and exits with its status.
 set -eu
+: "${OMP_NUM_THREADS:=1}"  # ranks share the node's cores
+export OMP_NUM_THREADS
 # --bind-to none: bound to one core each, ranks of PyTorch would run all their threads on it.
-exec mpirun --bind-to none -x PATH "$@"
+exec mpirun --bind-to none -x PATH -x OMP_NUM_THREADS "$@"

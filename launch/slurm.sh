@@ -18,7 +18,8 @@
 # the very token. It is not requeued after an error, nor when it is done.
 set -u
 : "${OMP_NUM_THREADS:=1}" "${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:=240}"  # seconds for ranks to save; 30 otherwise
-export OMP_NUM_THREADS TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # with --max-restarts every start needs a store of its own, as in torchrun.sh
+export OMP_NUM_THREADS TORCH_ELASTIC_SHUTDOWN_TIMEOUT TORCH_DISABLE_SHARE_RDZV_TCP_STORE
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs may share a node
@@ -27,7 +28,9 @@ told=
 trap 'told=yes; [ -z "${step:-}" ] || kill -TERM "$step"' TERM
 
 # --kill-on-bad-exit: a node whose torchrun fails ends the others. srun hands SIGTERM on to every torchrun.
-srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
+# --cpus-per-task: since Slurm 22.05 srun does not take the job's, and all ranks of a node would share one core.
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 \
+    torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$first:$port" "$@" &
 step=$!
 wait "$step"

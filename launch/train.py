@@ -37,6 +37,7 @@ from muse_dist import ByteCounter
 # What a run leaves in its folder and --fresh removes.
 LEFT_BEHIND = ("checkpoints", "tensorboard", "wandb", "wandb-id", "metrics.jsonl", "results.json", "model",
                "bad-step-*.json")
+FINISHED = "finished"  # in the folder once all steps are done: launch/deepspeed.sh looks for it
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,6 +106,7 @@ class _Run:
         """Train, measure and report. Returns the exit status."""
         if self.finished:
             if self.ranks.first:
+                (self.folder / FINISHED).touch()
                 print(f"{self.folder} is finished after {self.done} steps. --steps takes more, --fresh starts again")
             return 0
         with self.trainer.monitor as monitor:
@@ -142,11 +144,13 @@ class _Run:
                    "torch": torch.__version__, **results, "parameters": self.engine.parameters,
                    "config": dataclasses.asdict(config), "first_steps": self.first_steps, "history": history}
         write_report(results, self.folder)
+        (self.folder / FINISHED).touch()
         print(f"\n{table(results)}\n\nplots, results and model: {self.folder}")
 
 
 def _open(folder: Path, fresh: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / FINISHED).unlink(missing_ok=True)
     for path in [found for name in LEFT_BEHIND for found in folder.glob(name)] if fresh else ():
         if path.is_dir():
             shutil.rmtree(path)

@@ -20,7 +20,8 @@ BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumul
 class MuseSection:
     """What the section says.
 
-    `layers` are the numbers of the layers that use MuSe, as in "2-30" or "0,4-7"; the others keep exact attention.
+    `layers` are the numbers of the layers that use MuSe, numbered from 0, as in transformers: "2-30" or "0,4-7"; the
+    others keep exact attention. (Megatron counts from 1.)
     `timeout_seconds` is how long a rank waits for another one before it gives up.
     """
 

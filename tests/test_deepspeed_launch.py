@@ -18,6 +18,7 @@ pytest.importorskip("deepspeed")
 
 from tests.deepspeed_runs import CASES, alone
 from tests.test_deepspeed import check
+from tests.test_train_deepspeed import SMALL
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = str(ROOT / "tests" / "deepspeed_runs.py")
@@ -63,7 +64,7 @@ def deepspeed_on_two_nodes(folder):
     (folder / "hosts").write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
     port = free_port()
     return [start([str(ROOT / "launch" / "deepspeed.sh"), str(folder), "--hostfile", str(folder / "hosts"), "--no_ssh",
-                   "--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", port, "--no_local_rank",
+                   "--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", port,
                    PROGRAM, str(folder), CASE]) for rank in range(2)]
 
 
@@ -90,14 +91,27 @@ def test_deepspeed_recipe_does_not_take_lost_ranks_for_success(tmp_path):
     assert process.returncode == 1
 
 
+def test_the_deepspeed_recipe_starts_the_training_command(tmp_path):
+    """Twice: what is finished is not trained again, and still a success."""
+    (tmp_path / "small.toml").write_text(SMALL.replace("steps = 4", "steps = 1"))
+    command = [str(ROOT / "launch" / "deepspeed.sh"), str(tmp_path / "small"), "--num_gpus", "2", "--master_port",
+               free_port(), "--module", "launch.train", "--config", str(tmp_path / "small.toml"), "--out", str(tmp_path),
+               "--engine", "deepspeed", "--device", "cpu"]
+    for said in ("plots, results and model", "is finished after 1 steps"):
+        process = start(command)
+        output, = finish(process)
+        assert process.returncode == 0 and said in output, output
+        assert (tmp_path / "small" / "finished").exists()
+
+
 def test_the_deepspeed_recipe_says_how_it_is_used():
     found = subprocess.run([str(ROOT / "launch" / "deepspeed.sh"), "runs/a"], text=True, capture_output=True)
     assert found.returncode == 2 and "launch/deepspeed.sh FOLDER [OPTION OF deepspeed]... PROGRAM" in found.stderr
 
 
 def test_stopping_the_deepspeed_recipe_stops_its_ranks(tmp_path):
-    recipe = start([str(ROOT / "launch" / "deepspeed.sh"), str(tmp_path), "--num_gpus", "2", "--no_local_rank",
-                    "--master_port", free_port(), PROGRAM, "sleep"])
+    recipe = start([str(ROOT / "launch" / "deepspeed.sh"), str(tmp_path), "--num_gpus", "2", "--master_port",
+                    free_port(), PROGRAM, "sleep"])
     deadline = time.monotonic() + 200
     while len(ranks := [p for p in psutil.Process(recipe.pid).children(recursive=True) if p.cmdline()[-1:] == ["sleep"]
                         and "deepspeed.launcher" not in " ".join(p.cmdline()) and "RANK" in p.environ()]) < 2:

@@ -52,12 +52,14 @@ def test_torchrun_is_static_with_a_node_rank_and_elastic_without(tmp_path, argum
 def slurm(tmp_path):
     """Starts launch/slurm.sh with a torchrun that does `text`; scontrol writes down what it was asked."""
     stand_in(tmp_path, "scontrol", f'echo "$*" >> {tmp_path}/asked; [ "$1" != show ] || printf "n1\\nn2\\n"')
-    stand_in(tmp_path, "srun", 'shift; exec "$@"')
+    stand_in(tmp_path, "srun",
+             f'echo "$1 $2 $TORCH_DISABLE_SHARE_RDZV_TCP_STORE" > {tmp_path}/srun; shift 2; exec "$@"')
 
     def start(text):
         stand_in(tmp_path, "torchrun", f"echo \"$*\" > {tmp_path}/started; {text}")
         return subprocess.Popen(["bash", ROOT / "launch" / "slurm.sh", "-m", "launch.train"], env=environment(
-            tmp_path, SLURM_JOB_ID="123", SLURM_JOB_NODELIST="n[1-2]", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="4"))
+            tmp_path, SLURM_JOB_ID="123", SLURM_JOB_NODELIST="n[1-2]", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="4",
+            SLURM_CPUS_PER_TASK="96"))
 
     return start
 
@@ -67,6 +69,7 @@ def test_slurm_job_ends_with_the_status_of_the_run(slurm, tmp_path, status):
     assert slurm(f"exit {status}").wait(20) == status
     assert (tmp_path / "started").read_text() == (
         "--nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-id 123 --rdzv-endpoint n1:20123 -m launch.train\n")
+    assert (tmp_path / "srun").read_text() == "--cpus-per-task=96 --kill-on-bad-exit=1 1\n"
     assert "requeue" not in (tmp_path / "asked").read_text()
 
 
@@ -83,7 +86,8 @@ def test_slurm_job_that_is_told_to_stop_lets_it_save_and_is_requeued(slurm, tmp_
 
 MODULE = """
 import os, sys, time
-print("rank", *(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")), sys.argv[1:])
+said = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "OMP_NUM_THREADS"
+print("rank", *(os.environ[name] for name in said), sys.argv[1:])
 sys.stdout.flush()
 if sys.argv[1:] == ["fail"] and os.environ["RANK"] == "1":
     raise ValueError("rank 1 has failed")
@@ -98,17 +102,18 @@ def mpirun(folder, *arguments):
         pytest.skip("there is no mpirun")
     (folder / "a_program.py").write_text(MODULE)
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))
+    inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     return subprocess.run(
         [ROOT / "launch" / "mpirun.sh", "-np", "2", "--oversubscribe", "-x", "PYTHONPATH", "-x", "MASTER_PORT",
          sys.executable, "-m", "launch.mpi", "a_program", *arguments], capture_output=True, text=True, timeout=100,
-        env={**os.environ, "PATH": path, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "MASTER_PORT": "1234",
+        env={**inherited, "PATH": path, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "MASTER_PORT": "1234",
              "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
 
 
 def test_mpi_ranks_know_their_place(tmp_path):
     found = mpirun(tmp_path, "well")
     assert found.returncode == 0, found.stderr
-    assert sorted(found.stdout.splitlines()) == ["rank 0 2 0 1234 ['well']", "rank 1 2 1 1234 ['well']"]
+    assert sorted(found.stdout.splitlines()) == ["rank 0 2 0 1234 1 ['well']", "rank 1 2 1 1234 1 ['well']"]
 
 
 def test_an_mpi_rank_that_fails_ends_all(tmp_path):
