@@ -5,6 +5,7 @@ import torch
 
 from launch.config import ModelConfig
 from muse_dist import MuseConfig
+from muse_dist.flops import attention_pairs
 
 # Dense bf16 peak in FLOP/s by a part of the device's name, from NVIDIA's data sheets. The first that fits counts.
 PEAKS = {"GB200": 2.5e15, "B200": 2.25e15, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12,
@@ -36,14 +37,8 @@ def step_flops(model: ModelConfig, vocabulary: int, tokens: int, context: int, m
 
 
 def keys_read(context: int, muse: MuseConfig | None) -> float:
-    """Keys, or leaves seen as one, that a query reads in the mean over a causal sequence."""
-    if muse is None or context <= muse.block * (1 + muse.halo):
+    """Keys, or leaves seen as one, that a query reads in the mean over a sequence, causal without `muse`."""
+    if muse is None:
         return context / 2
-    blocks = -(-context // muse.block)
-    near = muse.block / 2 + sum(min(i, muse.halo) for i in range(blocks)) * muse.block / blocks
-    far = [max(i - muse.halo, 0) * muse.block for i in range(blocks)]  # keys of a block of queries' far field
-    opened = sum(min(keys, (muse.opened + muse.sinks) * muse.leaf) for keys in far) / blocks
-    leaves = sum(far) / blocks / muse.leaf
-    # The moments of a leaf are taken once a block of queries and anchor: every key is read for block / anchors queries.
-    moments = sum(far) / blocks * muse.anchors / muse.block
-    return near + opened + leaves + moments
+    pairs = attention_pairs(muse, 1, 1, context)
+    return (sum(pairs.values()) - pairs["choice"]) / context

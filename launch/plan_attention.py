@@ -9,19 +9,15 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 
-from muse_dist import MuseConfig
+from muse_dist import MuseConfig, flops
 from muse_dist.kernels.reference import PROBES
 from muse_dist.layout import Layout, LayoutName
 
-# Matrix products of a pair, forward and backward. Backward computes the logits again, and the moments with them.
+# Matrix products of a pair, forward and backward.
 PRODUCTS = {
-    "exact": (2, 5),  # q k and p v; then q k, dout v, dq, dk, dv
-    "near field": (2, 5),
-    "opened leaves": (2, 5),
-    "far field": (2, 5),  # q key and p value; then these logits, dout value, dq, dkey, dvalue
-    "moments": (3, 9),  # a k, p k, p v; then all again, and a k, dkey k, dvalue v, dlogit a, p dkey, p dvalue
+    "exact": (2, 5),  # as in the near field
+    **flops.PRODUCTS,
     "remote moments": (3, 6),  # kept for the backward, not computed again
-    "choice": (1, 0),  # probes with keys
 }
 # How often the queries and keys of a layer move through memory for the far field: cut, sorted, and put back.
 MOVES = (6, 10)

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from muse_dist.checks import cast_dtype, check_inputs
 from muse_dist.comm import ByteCounter, Communicator, ProcessGroup
 from muse_dist.compute import backward, forward, working
 from muse_dist.config import MuseConfig
+from muse_dist.flops import attend_backward_flops, attend_flops, plan_flops
 from muse_dist.layout import LayoutName, block_count
 from muse_dist.parallel import ParallelAttention, make_shard
 from muse_dist.tree import Plan, has_far_field, make_plan
@@ -177,3 +179,6 @@ def _differentiate(ctx, dout, _):  # type: ignore[no-untyped-def]
 
 
 _attend_op.register_autograd(_differentiate, setup_context=_save_for_backward)
+register_flop_formula(torch.ops.muse_dist.plan)(plan_flops)
+register_flop_formula(torch.ops.muse_dist.attend)(attend_flops)
+register_flop_formula(torch.ops.muse_dist.attend_backward)(attend_backward_flops)
