@@ -9,8 +9,7 @@ from torch import Tensor
 from muse_dist.comm import Pending
 from muse_dist.backend import kernels_for
 from muse_dist.compute import Upstream, add_far_backward, far_forward, merge, near_field, near_field_backward
-from muse_dist.layout import near_pairs
-from muse_dist.shard import Shard
+from muse_dist.shard import Shard, add_up
 from muse_dist.stages import staged
 from muse_dist.tree import Plan, has_far_field, open_blocks, order_blocks
 
@@ -26,7 +25,7 @@ def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     config = s.config
     gathered = s.comm.all_gather("keys and values", torch.stack([k, v]).to(s.dtype))
     ordered = _order(s, q, k) if has_far_field(s.layout.tokens, config) else None
-    parts = [near_field(q, k, v, s.scale, near_pairs(s.mine, s.mine, config), config)]
+    parts = [near_field(q, k, v, s.scale, s.own_pairs, config)]
     all_k, all_v = _join(s, gathered, k.dtype)  # [B, K, N, D] each
     plan = None if ordered is None else _join_orders(s, *ordered)
     parts.append(near_field(q, all_k, all_v, s.scale, s.other_pairs, config))
@@ -60,9 +59,8 @@ def backward(
     """Gradients (dq, dk, dv) of the rank's own shard, with what the other ranks' losses add to dk and dv."""
     config, plan = s.config, saved.plan
     gathered = s.comm.all_gather("keys and values", torch.stack([k, v]).to(s.dtype))
-    pairs = near_pairs(s.mine, s.mine, config)
     # The keys travel behind each block's own near field, the gradients behind that of the blocks beside it.
-    within, beside = ([p for p in pairs if (p[0] == p[1]) == same] for same in (True, False))
+    within, beside = ([p for p in s.own_pairs if (p[0] == p[1]) == same] for same in (True, False))
     own = near_field_backward(dout, q, k, v, out, lse, s.scale, within, config)
     all_k, all_v = _join(s, gathered, k.dtype)
     dq, dk, dv = near_field_backward(dout, q, all_k, all_v, out, lse, s.scale, s.other_pairs, config)
@@ -73,8 +71,9 @@ def backward(
     shares = [s.layout.shard(grads, rank, 3) for rank in range(s.comm.size)]
     pending = _post_shares(s, shares)
     rest = near_field_backward(dout, q, k, v, out, lse, s.scale, beside, config)
-    sent = _sum_shares(s, pending, shares[s.comm.rank])
-    return dq + own[0] + rest[0], sent[0] + own[1] + rest[1], sent[1] + own[2] + rest[2]
+    shares = _received_shares(s, pending, shares[s.comm.rank])
+    return (add_up([dq, own[0], rest[0]]), add_up([*(x[0] for x in shares), own[1], rest[1]]),
+            add_up([*(x[1] for x in shares), own[2], rest[2]]))
 
 
 @staged("pack")
@@ -88,10 +87,7 @@ def _post_shares(s: Shard, shares: list[Tensor]) -> Pending:
 
 
 @staged("unpack")
-def _sum_shares(s: Shard, pending: Pending, mine: Tensor) -> Tensor:
-    """This rank's share [2, B, K, S, D], summed over the ranks in rank order."""
-    received = iter(pending.wait())
-    total = torch.zeros_like(mine)
-    for rank in range(s.comm.size):
-        total += mine if rank == s.comm.rank else next(received).to(mine.dtype)
-    return total
+def _received_shares(s: Shard, pending: Pending, mine: Tensor) -> list[Tensor]:
+    """What all ranks give this one's share [2, B, K, S, D], in rank order."""
+    received = [x.to(mine.dtype) for x in pending.wait()]
+    return [*received[:s.comm.rank], mine, *received[s.comm.rank:]]

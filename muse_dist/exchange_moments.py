@@ -15,25 +15,25 @@ from muse_dist.comm import Pending
 from muse_dist.backend import kernels_for
 from muse_dist.compute import Upstream, add_far_backward, far_forward, merge, near_field, near_field_backward
 from muse_dist.kernels.plain_blocks import Moments, Sight
-from muse_dist.layout import chunk_pairs, near_pairs
+from muse_dist.layout import chunk_pairs
 from muse_dist.remote import (
     ChunkAnchors,
     Message,
     RemoteLeaves,
     chunk_anchors,
     from_message,
+    join_messages,
     message_specs,
     remote_backward,
     remote_forward,
-    remote_leaves,
     remote_valid,
     sources,
     to_message,
 )
-from muse_dist.shard import Shard, add_halo_gradients, post_halo, post_halo_gradients, received_halo
+from muse_dist.shard import Shard, add_halo_gradients, add_up, post_halo, post_halo_gradients, received_halo
 from muse_dist.slabs import places
 from muse_dist.stages import staged
-from muse_dist.tree import Plan, from_leaves, open_blocks, order_blocks, to_leaves
+from muse_dist.tree import Plan, open_blocks, order_blocks, to_leaves
 
 
 class Saved(NamedTuple):
@@ -43,7 +43,7 @@ class Saved(NamedTuple):
     anchors: ChunkAnchors  # of this rank's chunks
     everyone: Tensor  # [P, B, K, C, Q, D] anchors of all ranks' chunks
     halo: tuple[Tensor, Tensor]  # keys and values of other ranks' halo blocks and sinks [B, K, T, D]
-    messages: list[Message]  # from all ranks, in the order of arrival
+    leaves: list[Moments]  # other ranks', of each chunk that sees any
 
 
 def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Saved]:
@@ -54,7 +54,7 @@ def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     plan = plan._replace(anchors=plan.anchors.to(s.dtype).to(q.dtype))
     anchors = chunk_anchors(plan, s.layout, config)
     gathered = s.comm.all_gather("anchors", anchors.anchor.to(s.dtype))
-    parts = [near_field(q, k, v, s.scale, near_pairs(s.mine, s.mine, config), config)]
+    parts = [near_field(q, k, v, s.scale, s.own_pairs, config)]
     everyone = torch.stack(gathered.wait()).to(q.dtype)
     anchors = anchors._replace(anchor=everyone[s.comm.rank])
     moments = _post_moments(s, k, v, plan, everyone)
@@ -62,10 +62,10 @@ def forward(s: Shard, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     parts.append(near_field(q, keys, values, s.scale, s.halo_pairs, config))
     plan = plan._replace(opened=open_blocks(q, k, plan, s.mine, s.mine, config, s.scale))
     parts.append(far_forward(q, k, v, plan, s.mine, s.mine, s.scale, config))
-    messages = _messages(moments.wait())
-    parts.append(remote_forward(q, k, plan, anchors, _remote(s, messages, q.dtype), s.mine, s.scale, config))
+    leaves = _received_leaves(s, moments, q.dtype)
+    parts.append(remote_forward(q, plan, anchors, _remote(s, leaves), s.mine, s.scale, config))
     out, lse = merge(parts, config)
-    return out, lse, Saved(plan, anchors, everyone, (keys, values), messages)
+    return out, lse, Saved(plan, anchors, everyone, (keys, values), leaves)
 
 
 def backward(
@@ -75,20 +75,22 @@ def backward(
     config, plan = s.config, saved.plan
     up = Upstream(dout, lse, kernels_for(config, q).row_dots(dout, out))
     dq, grads = remote_backward(
-        up, q, k, plan, saved.anchors, _remote(s, saved.messages, q.dtype), s.mine, s.scale, config)
+        up, q, k, plan, saved.anchors, _remote(s, saved.leaves), s.mine, s.scale, config)
     moment_grads = _post_moment_gradients(s, grads, k)
-    d_rows, *d_halo = near_field_backward(dout, q, *saved.halo, out, lse, s.scale, s.halo_pairs, config)
+    halo_q, *d_halo = near_field_backward(dout, q, *saved.halo, out, lse, s.scale, s.halo_pairs, config)
     halo_grads = post_halo_gradients(s, d_halo[0], d_halo[1])
-    own = near_field_backward(
-        dout, q, k, v, out, lse, s.scale, near_pairs(s.mine, s.mine, config), config)
-    add_far_backward(own, up, q, k, v, plan, s.mine, s.mine, s.scale, config)
-    own_q, dk, dv = own
+    own_q, dk, dv = near_field_backward(dout, q, k, v, out, lse, s.scale, s.own_pairs, config)
+    # Sums of more than two terms are kept in fp32, and rounded once.
+    dk, dv = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dk, dv))
+    add_far_backward((own_q, dk, dv), up, q, k, v, plan, s.mine, s.mine, s.scale, config)
     add_halo_gradients(s, halo_grads, dk, dv)
-    sent = _moment_gradients_home(s, _messages(moment_grads.wait()), k, v, plan, saved.everyone)
-    return dq + d_rows + own_q, dk + sent[0], dv + sent[1]
+    _add_moment_gradients(s, _messages(moment_grads), k, v, plan, saved.everyone, dk, dv)
+    return add_up([dq, halo_q, own_q]), dk, dv
 
 
-def _messages(tensors: Sequence[Tensor]) -> list[Message]:
+@staged("unpack")
+def _messages(pending: Pending) -> list[Message]:
+    tensors = pending.wait()
     return [Message(*three) for three in zip(tensors[::3], tensors[1::3], tensors[2::3])]
 
 
@@ -115,7 +117,7 @@ class Audience(NamedTuple):
     chunks: list[tuple[int, int]]  # (rank, chunk), in the order of sending
     anchors: Tensor  # [B, K, c, Q, D] their anchors
     sight: Sight  # every one of them sees every leaf: which blocks see which is the receiver's business
-    valid: Tensor  # bool [J, remote_leaf] keys that count in what they see
+    valid: Tensor | None  # bool [J, remote_leaf] keys that count in what they see; None if all do
 
 
 def _audience(s: Shard, everyone: Tensor, mine: int) -> Audience | None:
@@ -126,7 +128,8 @@ def _audience(s: Shard, everyone: Tensor, mine: int) -> Audience | None:
     anchors = [everyone[rank, :, :, s.layout.chunks_of(rank).index(theirs)] for rank, theirs in chunks]
     device = everyone.device
     sight = Sight(places(range(len(chunks)), device), places(range(s.layout.chunk_blocks), device), -1, False)
-    return Audience(chunks, torch.stack(anchors, 2), sight, remote_valid(mine, s.layout, s.config, device))
+    valid = remote_valid(mine, s.layout, s.config, device) if mine == 0 and s.config.sinks else None
+    return Audience(chunks, torch.stack(anchors, 2), sight, valid)
 
 
 @staged("moments")
@@ -147,14 +150,22 @@ def _post_moments(s: Shard, k: Tensor, v: Tensor, plan: Plan, everyone: Tensor) 
     return s.comm.all_to_all("moments", send, receive, k.device)
 
 
-@staged("unpack")
-def _remote(s: Shard, messages: Sequence[Message], dtype: torch.dtype) -> list[RemoteLeaves | None]:
-    """The messages received, joined for each of this rank's chunks."""
+def _received_leaves(s: Shard, pending: Pending, dtype: torch.dtype) -> list[Moments]:
+    """The moments received, joined for each of this rank's chunks that sees any."""
+    messages = _messages(pending)
     arrival = [pair for rank in range(s.comm.size) for pair in chunk_pairs(s.layout, rank, s.comm.rank, s.config)]
-    result: list[RemoteLeaves | None] = []
+    here = [[message for message, (_, mine) in zip(messages, arrival, strict=True) if mine == chunk]
+            for chunk in s.layout.chunks_of(s.comm.rank)]
+    return [join_messages(some, dtype) for some in here if some]
+
+
+def _remote(s: Shard, leaves: Sequence[Moments]) -> list[RemoteLeaves | None]:
+    """What `_received_leaves` returned, for each of this rank's chunks."""
+    rest, result = iter(leaves), []
     for chunk in s.layout.chunks_of(s.comm.rank):
-        here = [(message, theirs) for message, (theirs, mine) in zip(messages, arrival, strict=True) if mine == chunk]
-        result.append(remote_leaves([m for m, _ in here], [c for _, c in here], s.layout, dtype) if here else None)
+        seen = [theirs for _, theirs in sources(s.layout, s.comm.rank, chunk, s.config)]
+        blocks = [block for theirs in seen for block in s.layout.blocks_of_chunk(theirs)]
+        result.append(RemoteLeaves(next(rest), blocks) if seen else None)
     return result
 
 
@@ -176,23 +187,23 @@ def _post_moment_gradients(s: Shard, grads: Sequence[Moments | None], k: Tensor)
 
 
 @staged("moments backward")
-def _moment_gradients_home(
-    s: Shard, messages: Sequence[Message], k: Tensor, v: Tensor, plan: Plan, everyone: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of this rank's k and v [B, K, S, D] from the moments it sent."""
+def _add_moment_gradients(
+    s: Shard, messages: Sequence[Message], k: Tensor, v: Tensor, plan: Plan, everyone: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Add the gradients of this rank's k and v from the moments it sent to dk and dv [B, K, S, D]."""
     ops = kernels_for(s.config, k)
     keys, values = _chunk_leaves(s, k, plan), _chunk_leaves(s, v, plan)
     pairs = [pair for rank in range(s.comm.size) for pair in _pairs(s, rank)]
     found = dict(zip(pairs, messages, strict=True))
-    grads = []
-    for mine in keys:
+    orders = plan.key_order.chunk(len(keys), 2)
+    for place, mine in enumerate(keys):
         audience = _audience(s, everyone, mine)
         if audience is None:
-            grads.append((torch.zeros_like(keys[mine]), torch.zeros_like(values[mine])))
             continue
         parts = [from_message(found[mine, theirs], k.dtype) for _, theirs in audience.chunks]
-        grads.append(ops.moments_backward(
+        grads = ops.moments_backward(
             Moments(*(torch.stack(x, 2) for x in zip(*parts))), audience.anchors, keys[mine], values[mine],
-            audience.sight, s.scale, audience.valid))
-    dk, dv = (from_leaves(ops, torch.cat(x, 2), plan, k.shape[2]) for x in zip(*grads))
-    return dk, dv
+            audience.sight, s.scale, audience.valid)
+        for total, part in zip((dk, dv), grads):
+            here = total.chunk(len(keys), 2)[place][:, :, None]
+            ops.add_tokens(here, part.flatten(2, 3).unflatten(2, orders[place].shape[2:]), orders[place])

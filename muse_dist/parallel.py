@@ -11,8 +11,9 @@ from muse_dist import exchange_kv, exchange_moments
 from muse_dist.comm import Communicator
 from muse_dist.compute import working
 from muse_dist.config import MuseConfig
+from muse_dist.kernels.plain_blocks import Moments
 from muse_dist.layout import Layout, LayoutName
-from muse_dist.remote import ChunkAnchors, Message
+from muse_dist.remote import ChunkAnchors
 from muse_dist.shard import Shard
 from muse_dist.tree import Plan
 
@@ -75,7 +76,7 @@ def _flatten(saved: exchange_kv.Saved | exchange_moments.Saved) -> list[Tensor]:
     """Tensors of a `Saved`, so that autograd can keep, offload and free them."""
     if isinstance(saved, exchange_kv.Saved):
         return [] if saved.plan is None else list(saved.plan)
-    return [*saved.plan, *saved.anchors, saved.everyone, *saved.halo, *(x for m in saved.messages for x in m)]
+    return [*saved.plan, *saved.anchors, saved.everyone, *saved.halo, *(x for leaf in saved.leaves for x in leaf)]
 
 
 def _unflatten(tensors: list[Tensor]) -> exchange_kv.Saved | exchange_moments.Saved:
@@ -85,5 +86,5 @@ def _unflatten(tensors: list[Tensor]) -> exchange_kv.Saved | exchange_moments.Sa
     plan = Plan(*tensors[:4])
     if len(tensors) == 4:
         return exchange_kv.Saved(plan)
-    messages = [Message(*three) for three in zip(tensors[9::3], tensors[10::3], tensors[11::3])]
-    return exchange_moments.Saved(plan, ChunkAnchors(*tensors[4:6]), tensors[6], (tensors[7], tensors[8]), messages)
+    leaves = [Moments(*four) for four in zip(*(tensors[9 + i::4] for i in range(4)))]
+    return exchange_moments.Saved(plan, ChunkAnchors(*tensors[4:6]), tensors[6], (tensors[7], tensors[8]), leaves)

@@ -16,8 +16,7 @@ from muse_dist.compute import (
     Upstream, grouped, join_blocks, join_heads, join_rows, moment_bytes, no_moments, rows_to_tokens,
 )
 from muse_dist.config import MuseConfig
-from muse_dist.kernels.clustering import bisect
-from muse_dist.kernels.reference import Moments
+from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.layout import Layout, chunk_pairs
 from muse_dist.slabs import FarSlab, far_slabs, head_slabs
 from muse_dist.stages import staged
@@ -52,13 +51,17 @@ class RemoteLeaves(NamedTuple):
 def chunk_anchors(plan: Plan, layout: Layout, config: MuseConfig) -> ChunkAnchors:
     """Bisect the block anchors of every chunk into `remote_anchors` parts and take their means."""
     points = plan.anchors.unflatten(2, (layout.chunks_per_rank, -1)).flatten(3, 4)  # [B, K, C, n/C * R, D]
-    size = points.shape[3] // config.remote_anchors
     points = points.to(torch.promote_types(points.dtype, torch.float32))
-    order = bisect(points, size)
-    runs = points.gather(3, order[..., None].expand_as(points)).unflatten(3, (-1, size))
-    part = torch.empty_like(order).scatter_(3, order, torch.arange(order.shape[3], device=order.device)
-                                            .expand_as(order)) // size
-    return ChunkAnchors(runs.mean(4).to(plan.anchors.dtype), part.unflatten(3, (-1, config.anchors)))
+    if config.remote_anchors == 1:
+        means = points.mean(3, keepdim=True)
+        part = torch.zeros(points.shape[:4], dtype=torch.int64, device=points.device)
+    else:
+        size = points.shape[3] // config.remote_anchors
+        order = kernels_for(config, plan.anchors).bisect(points, size)
+        means = points.gather(3, order[..., None].expand_as(points)).unflatten(3, (-1, size)).mean(4)
+        place = torch.arange(order.shape[3], device=order.device)
+        part = torch.empty_like(order).scatter_(3, order, place.expand_as(order)) // size
+    return ChunkAnchors(means.to(plan.anchors.dtype), part.unflatten(3, (-1, config.anchors)))
 
 
 def remote_valid(chunk: int, layout: Layout, config: MuseConfig, device: torch.device) -> Tensor:
@@ -74,19 +77,19 @@ class Message(NamedTuple):
     The trace of keys of a few hundred would overflow in fp16, and a rounded mass would shift a whole leaf.
     """
 
-    mass: Tensor  # [B, K, Q, J, 1 + trace] fp32 or fp64: the mass and, if there is one, the trace
+    mass: Tensor  # [1 + trace, B, K, Q, J] fp32 or fp64: the mass and, if there is one, the trace
     key: Tensor  # [B, K, Q, J, D] in the inputs' dtype
     value: Tensor  # [B, K, Q, J, D]
 
 
 def to_message(leaf: Moments, dtype: torch.dtype, trace: bool) -> Message:
-    sums = torch.stack([leaf.mass, leaf.trace], -1) if trace else leaf.mass[..., None]
+    sums = torch.stack([leaf.mass, leaf.trace]) if trace else leaf.mass[None]
     return Message(sums, leaf.key.to(dtype), leaf.value.to(dtype))
 
 
 def from_message(message: Message, dtype: torch.dtype) -> Moments:
     """The moments of a message, its means in the working dtype."""
-    mass, *trace = message.mass.unbind(-1)
+    mass, *trace = message.mass.unbind()
     return Moments(mass, message.key.to(dtype), message.value.to(dtype), *(trace or [torch.zeros_like(mass)]))
 
 
@@ -95,15 +98,13 @@ def message_specs(shape: Sequence[int], dtype: torch.dtype, mass: torch.dtype, c
     """Shapes and dtypes of one `Message` for keys of shape [B, K, S, D]."""
     batch, heads, _, dim = shape
     lead = (batch, heads, config.remote_anchors, layout.chunk_blocks * config.block // config.remote_leaf)
-    return [((*lead, 1 + config.trace), mass), ((*lead, dim), dtype), ((*lead, dim), dtype)]
+    return [((1 + config.trace, *lead), mass), ((*lead, dim), dtype), ((*lead, dim), dtype)]
 
 
-def remote_leaves(messages: Sequence[Message], chunks: Sequence[int], layout: Layout,
-                  dtype: torch.dtype) -> RemoteLeaves:
-    """Join the messages for one chunk of queries, from `chunks` of keys, in the working dtype."""
+def join_messages(messages: Sequence[Message], dtype: torch.dtype) -> Moments:
+    """The moments of messages about the same anchors, one behind the other, the means in the working dtype."""
     parts = [from_message(message, dtype) for message in messages]
-    leaf = Moments(*(torch.cat(column, 3) for column in zip(*parts)))
-    return RemoteLeaves(leaf, [block for chunk in chunks for block in layout.blocks_of_chunk(chunk)])
+    return parts[0] if len(parts) == 1 else Moments(*(torch.cat(column, 3) for column in zip(*parts)))
 
 
 def sources(layout: Layout, rank: int, chunk: int, config: MuseConfig) -> list[tuple[int, int]]:
@@ -114,24 +115,20 @@ def sources(layout: Layout, rank: int, chunk: int, config: MuseConfig) -> list[t
 
 @staged("remote")
 def remote_forward(
-    q: Tensor, k: Tensor, plan: Plan, anchors: ChunkAnchors, leaves: Sequence[RemoteLeaves | None],
-    query_blocks: Sequence[int], scale: float, config: MuseConfig,
+    q: Tensor, plan: Plan, anchors: ChunkAnchors, leaves: Sequence[RemoteLeaves | None], query_blocks: Sequence[int],
+    scale: float, config: MuseConfig,
 ) -> tuple[Tensor, Tensor]:
     """Far field of a rank's queries over other ranks' leaves: out [B, K, G, S, D], lse [B, K, G, S].
 
-    `leaves` holds the remote leaves of each chunk of queries, None where it sees none; k only tells sizes.
+    `leaves` holds the remote leaves of each chunk of queries, None where it sees none.
     """
-    ops, parts, bound = kernels_for(config, q), [], q.nbytes + 2 * k.nbytes
-    for heads in _remote_heads(k, leaves, query_blocks, bound, config):
-        here, about = plan.of_heads(heads), anchors.of_heads(heads)
-        rows = _rows(ops, q[:, heads], here, config)
-        found = []
-        for chunk, remote, slab in _remote_slabs(k, leaves, heads, query_blocks, bound, config):
-            found.append((slab.rows, ops.far_field(
-                rows[:, :, slab.rows], about.anchor[:, :, chunk], remote.leaf, None, None, None, slab.sight(q.device),
-                scale, config.trace, None, _use(about, chunk, slab, len(leaves), query_blocks))))
-        parts.append(rows_to_tokens(ops, join_blocks(found, rows), here, q.shape[2:4]))
-    return join_heads(parts)  # type: ignore[return-value]
+    ops, found = kernels_for(config, q), []
+    rows = _rows(ops, q, plan, config)
+    for chunk, remote, slab in _remote_slabs(leaves, query_blocks, 1, len(query_blocks), config):
+        found.append((slab.rows, ops.far_field(
+            rows[:, :, slab.rows], anchors.anchor[:, :, chunk], remote.leaf, None, None, None, slab.sight(q.device),
+            scale, config.trace, None, _use(anchors, chunk, slab, len(leaves), query_blocks))))
+    return rows_to_tokens(ops, join_blocks(found, rows), plan, q.shape[2:4])
 
 
 @staged("remote backward")
@@ -139,26 +136,31 @@ def remote_backward(
     up: Upstream, q: Tensor, k: Tensor, plan: Plan, anchors: ChunkAnchors, leaves: Sequence[RemoteLeaves | None],
     query_blocks: Sequence[int], scale: float, config: MuseConfig,
 ) -> tuple[Tensor, list[Moments | None]]:
-    """Gradients of `remote_forward` for q, and in at least fp32 for the moments of every chunk of queries."""
+    """Gradients of `remote_forward` for q, and in at least fp32 for the moments of every chunk of queries.
+
+    Every block has gradients of its own of the moments it sees. Heads and query blocks are taken together as far as
+    these fit into the size of the inputs, of which k [B, K, S, D] is one.
+    """
     ops, parts, bound = kernels_for(config, q), [], q.nbytes + 2 * k.nbytes
-    grads = [None if x is None else no_moments(x.leaf) for x in leaves]
-    for heads in _remote_heads(k, leaves, query_blocks, bound, config):
+    grads: list[Moments | None] = [None] * len(leaves)
+    block_bytes = max((_block_bytes(x, config) for x in leaves if x is not None), default=0)
+    for heads in head_slabs(k.shape[1], block_bytes, len(query_blocks) // len(leaves), bound):
         here, about = plan.of_heads(heads), anchors.of_heads(heads)
+        some = [None if x is None else x.of_heads(heads) for x in leaves]
         rows = _rows(ops, q[:, heads], here, config)
         grouped_up = grouped(ops, up.of_heads(heads), None, here, config)
         found = []
-        for chunk, remote, slab in _remote_slabs(k, leaves, heads, query_blocks, bound, config):
+        for chunk, remote, slab in _remote_slabs(
+                some, query_blocks, block_bytes * (heads.stop - heads.start), bound, config):
             dout, lse, delta = grouped_up.of_blocks(slab.rows)
             use, sight = _use(about, chunk, slab, len(leaves), query_blocks), slab.sight(q.device)
             dq, grad, _, _ = ops.far_field_backward(
                 dout, rows[:, :, slab.rows], about.anchor[:, :, chunk], remote.leaf, None, None, None, lse, delta,
                 sight, scale, config.trace, None, use)
             found.append((slab.rows, dq))
-            total = grads[chunk]
-            assert total is not None
-            seen = ops.seen_blocks(sight).repeat_interleave(slab.leaves // len(slab.key_places), -1)
-            for sum_, x in zip(total, grad):
-                sum_[:, heads, :, :slab.leaves].add_(_to_anchors(x, use, seen, sum_.shape[2]))
+            hidden = None if _sees_all(slab) else ~_seen_leaves(ops, sight, slab)
+            part = Moments(*(_to_anchors(x, use, hidden, config.remote_anchors) for x in grad))
+            grads[chunk] = _add_moments(grads[chunk], part, leaves[chunk], heads)
         placed = join_rows(found, rows).flatten(3, 4)
         parts.append((ops.scatter_tokens(placed, here.query_order, *q.shape[2:4]),))
     return join_heads(parts)[0], grads
@@ -169,39 +171,29 @@ def _rows(ops: ModuleType, q: Tensor, plan: Plan, config: MuseConfig) -> Tensor:
     return ops.gather_tokens(q, plan.query_order).unflatten(3, (-1, config.group))
 
 
-def _block_bytes(k: Tensor, remote: RemoteLeaves, config: MuseConfig) -> int:
-    """Bytes of the moments that the parts of one query block of one head see of remote leaves, with gradients."""
-    leaves = len(remote.blocks) * (config.block // config.remote_leaf)
-    return 2 * moment_bytes(k.shape[0], config.anchors, leaves, k.shape[3], k.dtype)
-
-
-def _remote_heads(
-    k: Tensor, leaves: Sequence[RemoteLeaves | None], query_blocks: Sequence[int], bound: int, config: MuseConfig
-) -> list[slice]:
-    """Key/value heads of k [B, K, S, D] to work on together."""
-    most = max((_block_bytes(k, remote, config) for remote in leaves if remote is not None), default=0)
-    return head_slabs(k.shape[1], most, len(query_blocks) // len(leaves), bound)
+def _block_bytes(remote: RemoteLeaves, config: MuseConfig) -> int:
+    """Bytes of the gradients that the parts of one query block of one head have of the moments of remote leaves."""
+    key = remote.leaf.key
+    return moment_bytes(key.shape[0], config.anchors, key.shape[3], key.shape[4], key.dtype)
 
 
 def _remote_slabs(
-    k: Tensor, leaves: Sequence[RemoteLeaves | None], heads: slice, query_blocks: Sequence[int], bound: int,
+    leaves: Sequence[RemoteLeaves | None], query_blocks: Sequence[int], block_bytes: int, bound: int,
     config: MuseConfig,
 ) -> list[tuple[int, RemoteLeaves, FarSlab]]:
     """(chunk, its remote leaves, some of its query blocks and the leaves they see) for all that see remote leaves.
 
-    The slab's `rows` count all query blocks of the rank.
+    As many blocks together as fit into `bound` at `block_bytes` each. The slab's `rows` count all blocks of the rank.
     """
     per_chunk, per_block = len(query_blocks) // len(leaves), config.block // config.remote_leaf
     result = []
     for chunk, remote in enumerate(leaves):
         if remote is None:
             continue
-        here = remote.of_heads(heads)
         first = chunk * per_chunk
-        block_bytes = _block_bytes(k, remote, config) * (heads.stop - heads.start)
         blocks = query_blocks[first:first + per_chunk]
         for slab in far_slabs(blocks, remote.blocks, block_bytes, bound, per_block, config):
-            seen = RemoteLeaves(Moments(*(x[:, :, :, :slab.leaves] for x in here.leaf)), here.blocks)
+            seen = RemoteLeaves(Moments(*(x[:, :, :, :slab.leaves] for x in remote.leaf)), remote.blocks)
             place = slice(first + slab.rows.start, first + slab.rows.stop)
             result.append((chunk, seen, slab._replace(rows=place)))
     return result
@@ -213,17 +205,42 @@ def _use(anchors: ChunkAnchors, chunk: int, slab: FarSlab, chunks: int, query_bl
     return anchors.part[:, :, chunk, slab.rows.start - first:slab.rows.stop - first]
 
 
-def _to_anchors(grad: Tensor, use: Tensor, seen: Tensor, count: int) -> Tensor:
+def _sees_all(slab: FarSlab) -> bool:
+    """Whether all query blocks of a slab, which follow each other, see all its leaves, which other ranks hold."""
+    first, last = slab.query_places[0], slab.query_places[-1]
+    return set(range(first - slab.halo, last + slab.halo + 1)).isdisjoint(slab.key_places)
+
+
+def _seen_leaves(ops: ModuleType, sight: Sight, slab: FarSlab) -> Tensor:
+    """bool [n, J]: whether a query block sees a leaf."""
+    per_block = slab.leaves // len(slab.key_places)
+    return ops.seen_blocks(sight).repeat_interleave(per_block, -1)  # type: ignore[no-any-return]
+
+
+def _to_anchors(grad: Tensor, use: Tensor, hidden: Tensor | None, count: int) -> Tensor:
     """Sum what the parts of all blocks give their anchors, in a fixed order, in at least fp32.
 
     Args:
-        grad: [B, K, n, R, J] or [B, K, n, R, J, D]; use: [B, K, n, R]; seen: bool [n, J].
+        grad: [B, K, n, R, J] or [B, K, n, R, J, D], which is overwritten where it is hidden.
+        use: [B, K, n, R]; hidden: bool [n, J], None if all blocks see all leaves.
     Returns:
         [B, K, Q, J] or [B, K, Q, J, D] for Q = `count` anchors.
     """
-    seen = seen[:, None] if grad.dim() == 5 else seen[:, None, :, None]
-    grad = torch.where(seen, grad, 0.0).to(torch.promote_types(grad.dtype, torch.float32))
+    more, dtype = [1] * (grad.dim() - 5), torch.promote_types(grad.dtype, torch.float32)
+    if hidden is not None:  # anything may stand there
+        grad.masked_fill_(hidden.view(len(hidden), 1, -1, *more), 0.0)
     if count == 1:
-        return grad.sum((2, 3))[:, :, None]
-    serves = (use[:, :, None] == torch.arange(count, device=use.device)[:, None, None]).to(grad.dtype)
-    return (serves.flatten(3) @ grad.flatten(2, 3).flatten(3)).unflatten(3, grad.shape[4:])
+        return grad.sum((2, 3), dtype=dtype)[:, :, None]
+    use = use.reshape(*use.shape, 1, *more)
+    return torch.stack([torch.where(use == a, grad, 0.0).sum((2, 3), dtype=dtype) for a in range(count)], 2)
+
+
+def _add_moments(total: Moments | None, part: Moments, remote: RemoteLeaves | None, heads: slice) -> Moments:
+    """Add gradients of the first moments of some heads, from some blocks, to those of all of `remote`."""
+    assert remote is not None
+    if total is None and part.mass.shape == remote.leaf.mass.shape:
+        return part
+    total = no_moments(remote.leaf) if total is None else total
+    for sum_, x in zip(total, part):
+        sum_[:, heads, :, :x.shape[3]] += x
+    return total

@@ -35,6 +35,11 @@ class Shard:
         return list(range(self.layout.chunks * self.layout.chunk_blocks))
 
     @cached_property
+    def own_pairs(self) -> list[tuple[int, int, bool]]:
+        """Near pairs of own query blocks and own key blocks."""
+        return near_pairs(self.mine, self.mine, self.config)
+
+    @cached_property
     def other_pairs(self) -> list[tuple[int, int, bool]]:
         """Near pairs of own query blocks and other ranks' key blocks, counted among all blocks."""
         held = set(self.mine)
@@ -128,13 +133,16 @@ def post_halo_gradients(s: Shard, dk: Tensor, dv: Tensor) -> Pending:
 
 @staged("unpack")
 def add_halo_gradients(s: Shard, pending: Pending, dk: Tensor, dv: Tensor) -> None:
-    """Add what other ranks' queries give this rank's keys and values to dk and dv [B, K, S, D], in rank order."""
+    """Add what other ranks' queries give this rank's keys and values to dk and dv [B, K, S, D], in rank order.
+
+    All ranks that see the sinks add to the same rows: dk and dv are in at least fp32.
+    """
     tensors = iter(pending.wait())
     for rank in range(s.comm.size):
         rows = s.rows_for(rank)
         for total in (dk, dv) if rows else ():
             at = 0
-            received = next(tensors).to(total.dtype)
+            received = next(tensors)
             for r in rows:
                 length = r.stop - r.start
                 total[:, :, r] += received[:, :, at:at + length]
@@ -143,3 +151,8 @@ def add_halo_gradients(s: Shard, pending: Pending, dk: Tensor, dv: Tensor) -> No
 
 def _length(rows: Sequence[slice]) -> int:
     return sum(r.stop - r.start for r in rows)
+
+
+def add_up(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of equal tensors, rounded once: torch adds half precision up in fp32."""
+    return torch.stack(list(parts)).sum(0)

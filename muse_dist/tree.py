@@ -166,11 +166,6 @@ def to_leaves(ops: ModuleType, x: Tensor, plan: Plan, leaf: int) -> Tensor:
     return blocks.flatten(2, 3).unflatten(2, (-1, leaf))
 
 
-def from_leaves(ops: ModuleType, x: Tensor, plan: Plan, tokens: int) -> Tensor:
-    """The inverse of `to_leaves`: [B, K, J, leaf, D] -> [B, K, tokens, D]."""
-    return ops.scatter_tokens(sorted_blocks(x, plan), plan.key_order, 1, tokens)[:, :, 0]
-
-
 def sorted_blocks(x: Tensor, plan: Plan) -> Tensor:
     """Leaves [B, K, J, leaf, D] as the sorted keys of blocks [B, K, n, b, D]."""
     return x.flatten(2, 3).unflatten(2, plan.key_order.shape[2:])
