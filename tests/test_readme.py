@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,9 +36,16 @@ def test_it_opens_with_five_lines_and_two_commands():
     assert [line.split("#")[0].split() for line in first.strip().splitlines()] == [["make", "run"], ["make", "test"]]
 
 
-@pytest.mark.parametrize("target", ["run", "test"])
+@pytest.mark.parametrize("target", ["run", "test", "sanitize"])
 def test_make_knows_the_commands(target):
     subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, check=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+def test_sanitize_says_what_it_needs():
+    command = ["make", "--assume-old=.venv/.installed", f"BIN={Path(sys.executable).parent}", "sanitize"]
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert result.returncode and "needs an NVIDIA GPU" in result.stderr and "pytest" not in result.stdout
 
 
 def test_python_blocks_run_one_after_the_other(tmp_path):
