@@ -29,7 +29,7 @@ class Readers(NamedTuple):
     @property
     def cuts(self) -> int:
         """Pieces that may begin at a cut."""
-        return -(-self.slot.shape[0] // self.longest)
+        return ceil_div(self.slot.shape[0], self.longest)
 
 
 def leaf_readers(opened: Tensor, leaves: int, longest: int = LONGEST) -> Readers:

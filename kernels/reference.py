@@ -12,12 +12,12 @@ Arithmetic is done in the dtype given: callers pass fp32 or fp64. None of the fu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from muse_dist.kernels.clustering import bisect, principal_axes
+from muse_dist.kernels.leaf_moments import NEG_INF, Moments, exp_from, merge_moments, moments, moments_backward, tilt
 
 __all__ = [
     "Moments", "bisect", "far_field", "far_field_backward", "hidden_leaves", "mean_rows", "merge", "merge_moments",
@@ -26,101 +26,6 @@ __all__ = [
 ]
 
 PROBES = 4  # query means a group chooses its leaves with: 1 chooses worse, 16 a little better at four times the cost
-NEG_INF = float("-inf")
-
-
-class Moments(NamedTuple):
-    """What far queries see of a leaf, about an anchor a; p are the weights softmax(scale * a.k) inside the leaf."""
-
-    mass: Tensor  # [..., A, J] log of the sum of exp(scale * a.k); -inf for an empty leaf
-    key: Tensor  # [..., A, J, D] mean key under p
-    value: Tensor  # [..., A, J, D] mean value under p
-    trace: Tensor  # [..., A, J] variance of the keys under p, averaged over the D directions
-
-
-# -------------------------------------------------------------------------------------------------------------- moments
-
-
-def tilt(anchor: Tensor, k: Tensor, scale: float, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Softmax of scale * a.k inside every leaf.
-
-    Args:
-        anchor: [..., A, D].
-        k: [..., J, m, D].
-        valid: bool [J, m], which keys exist; all if None.
-    Returns:
-        log mass [..., A, J] (-inf for an empty leaf) and weights p [..., A, J, m] (0 there).
-    """
-    logit = scale * (anchor @ k.flatten(-3, -2).mT).unflatten(-1, k.shape[-3:-1])
-    if valid is not None:
-        logit = logit.masked_fill(~valid, NEG_INF)
-    mass = logit.logsumexp(-1)
-    return mass, _exp_from(logit, mass[..., None])
-
-
-def _tilted_mean(p: Tensor, x: Tensor) -> Tensor:
-    """p [..., A, J, m], x [..., J, m, D] -> [..., A, J, D]."""
-    return (p.transpose(-3, -2) @ x).transpose(-3, -2)
-
-
-def moments(anchor: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor | None = None) -> Moments:
-    """Moments of every leaf about every anchor.
-
-    Args:
-        anchor: [..., A, D]; k, v: [..., J, m, D]; valid: bool [J, m], which keys exist; all if None.
-    Returns:
-        Moments of shapes [..., A, J] and [..., A, J, D]; an empty leaf has mass -inf and zeros elsewhere.
-    """
-    mass, p = tilt(anchor, k, scale, valid)
-    centre, offset = _from_centre(k, valid)
-    step = _tilted_mean(p, offset)
-    square = _tilted_mean(p, offset.square().sum(-1, keepdim=True))[..., 0]
-    key = (step + centre).masked_fill((mass == NEG_INF)[..., None], 0.0)
-    return Moments(mass, key, _tilted_mean(p, v), (square - step.square().sum(-1)) / k.shape[-1])
-
-
-def moments_backward(
-    grad: Moments, anchor: Tensor, k: Tensor, v: Tensor, out: Moments, scale: float, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `moments` for k and v, given the gradients `grad` of its results `out`. Anchors are constants."""
-    mass, p = tilt(anchor, k, scale, valid)
-    centre, offset = _from_centre(k, valid)
-    step = out.key - centre
-    d_square = (grad.trace / k.shape[-1])[..., None]  # [..., A, J, 1], for the mean square offset under p
-    d_key = grad.key - 2 * d_square * step
-    square = offset.square().sum(-1)[..., None, :, :]  # [..., 1, J, m]
-    mean_square = out.trace * k.shape[-1] + step.square().sum(-1)
-    constant = grad.mass - (d_key * out.key).sum(-1) - (grad.value * out.value).sum(-1) - d_square[..., 0] * mean_square
-    d_logit = p * (constant[..., None] + _dot_leaf(d_key, k) + _dot_leaf(grad.value, v) + d_square * square)
-    per_leaf = p.transpose(-3, -2).mT  # [..., J, m, A]
-    dk = scale * torch.einsum("...ajm,...ad->...jmd", d_logit, anchor) + per_leaf @ d_key.transpose(-3, -2)
-    dk = dk + 2 * offset * (per_leaf @ d_square.transpose(-3, -2))
-    return dk, per_leaf @ grad.value.transpose(-3, -2)
-
-
-def _from_centre(k: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean key of every leaf [..., 1, J, D] and the keys minus it [..., J, m, D].
-
-    The trace is the same about any point; about this one its two terms do not cancel each other's digits.
-    """
-    exists = k.new_ones(k.shape[-3:-1]) if valid is None else valid.to(k.dtype)
-    centre = torch.where(exists[..., None] > 0, k, 0.0).sum(-2) / exists.sum(-1, keepdim=True).clamp(min=1)
-    return centre.unsqueeze(-3), k - centre[..., None, :]
-
-
-def _dot_leaf(x: Tensor, k: Tensor) -> Tensor:
-    """x [..., A, J, D], k [..., J, m, D] -> x.k [..., A, J, m]."""
-    return (x.transpose(-3, -2) @ k.mT).transpose(-3, -2)
-
-
-def merge_moments(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two leaves about the same anchors, exactly. All fields as in `Moments`, equal shapes."""
-    mass = torch.logaddexp(a.mass, b.mass)
-    wa, wb = _exp_from(a.mass, mass), _exp_from(b.mass, mass)
-    key = wa[..., None] * a.key + wb[..., None] * b.key
-    value = wa[..., None] * a.value + wb[..., None] * b.value
-    between = wa * wb * (a.key - b.key).square().sum(-1) / key.shape[-1]
-    return Moments(mass, key, value, wa * a.trace + wb * b.trace + between)
 
 
 # ------------------------------------------------------------------------------------------------------ opening leaves
@@ -195,7 +100,7 @@ def near_field(
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], NEG_INF)
     for rows, spans, logit in _near_logits(q, k, scale, pairs, block):
         lse[..., rows] = logit.logsumexp(-1)
-        out[..., rows, :] = _exp_from(logit, lse[..., rows, None]) @ _read(v, spans)
+        out[..., rows, :] = exp_from(logit, lse[..., rows, None]) @ _read(v, spans)
     return out, lse
 
 
@@ -207,7 +112,7 @@ def near_field_backward(
     delta = (dout * out).sum(-1)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows, spans, logit in _near_logits(q, k, scale, pairs, block):
-        p = _exp_from(logit, lse[..., rows, None])
+        p = exp_from(logit, lse[..., rows, None])
         d_logit = p * (dout[..., rows, :] @ _read(v, spans).mT - delta[..., rows, None])
         dq[..., rows, :] = scale * d_logit @ _read(k, spans)
         sizes = [span.stop - span.start for span in spans]
@@ -256,7 +161,7 @@ def far_field(
     """
     logit, _, _ = _far_logits(q, anchor, leaf, hidden, scale, trace)
     lse = logit.logsumexp(-1)
-    out = _exp_from(logit, lse[..., None]) @ leaf.value
+    out = exp_from(logit, lse[..., None]) @ leaf.value
     return out.flatten(-3, -2).unflatten(-2, q.shape[-3:-1]), lse.flatten(-2).unflatten(-1, q.shape[-3:-1])
 
 
@@ -268,7 +173,7 @@ def far_field_backward(
     parts = anchor.shape[-2]
     logit, step, square = _far_logits(q, anchor, leaf, hidden, scale, trace)  # [..., A, rows, J]
     dout, lse, delta = (_by_part(x, parts) for x in (dout, lse[..., None], delta[..., None]))
-    p = _exp_from(logit, lse)
+    p = exp_from(logit, lse)
     d_logit = p * (dout @ leaf.value.mT - delta)
     dq = scale * d_logit @ leaf.key
     d_trace = torch.zeros_like(leaf.trace)
@@ -311,7 +216,7 @@ def opened_leaves(
     """
     logit, _, values, _ = _opened_logits(q, k, v, opened, scale, valid)
     lse = logit.logsumexp(-1)
-    return _exp_from(logit, lse[..., None]) @ values, lse
+    return exp_from(logit, lse[..., None]) @ values, lse
 
 
 def opened_leaves_backward(
@@ -320,7 +225,7 @@ def opened_leaves_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of `opened_leaves`, with lse and delta [..., U, g] of the merged softmax."""
     logit, keys, values, index = _opened_logits(q, k, v, opened, scale, valid)
-    p = _exp_from(logit, lse[..., None])
+    p = exp_from(logit, lse[..., None])
     d_logit = p * (dout @ values.mT - delta[..., None])
     dk = _sum_to_leaves(scale * d_logit.mT @ q, index, k)
     dv = _sum_to_leaves(p.mT @ dout, index, v)
@@ -358,11 +263,6 @@ def _sum_to_leaves(grad: Tensor, index: Tensor, like: Tensor) -> Tensor:
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Join partial softmaxes over disjoint keys: (out [..., D], lse [...]) each -> out, lse of their union."""
     lse = torch.stack([part_lse for _, part_lse in parts]).logsumexp(0)
-    out = sum(_exp_from(part_lse, lse)[..., None] * part for part, part_lse in parts)
+    out = sum(exp_from(part_lse, lse)[..., None] * part for part, part_lse in parts)
     assert isinstance(out, Tensor)
     return out, lse
-
-
-def _exp_from(logit: Tensor, lse: Tensor) -> Tensor:
-    """exp(logit - lse), 0 where logit is -inf (also when the whole softmax is empty and lse is -inf)."""
-    return torch.where(logit == NEG_INF, 0.0, (logit - lse).exp())

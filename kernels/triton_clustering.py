@@ -8,11 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_dist.kernels.limits import ceil_div
 from muse_dist.kernels.triton_common import PRECISION, load_rows, padded, store_rows
 
 
-class Tile(NamedTuple):
-    """Launch shape of a kernel."""
+class RowTile(NamedTuple):
+    """Launch shape of a kernel that goes through rows alone."""
 
     rows: int  # rows in a tile, a power of two, at least 16 and at least 4 * warps
     warps: int
@@ -20,7 +21,7 @@ class Tile(NamedTuple):
 
 
 def principal_axes(
-    x: Tensor, valid: Tensor, count: int, iterations: int = 4, *, tile: Tile | None = None
+    x: Tensor, valid: Tensor, count: int, iterations: int = 4, *, tile: RowTile | None = None
 ) -> tuple[Tensor, Tensor]:
     """Leading principal axes of point sets, by orthogonal iteration from a fixed start.
 
@@ -54,7 +55,7 @@ def principal_axes(
     return axes, spread
 
 
-def project(x: Tensor, axes: Tensor, weight: Tensor | None = None, *, tile: Tile | None = None) -> Tensor:
+def project(x: Tensor, axes: Tensor, weight: Tensor | None = None, *, tile: RowTile | None = None) -> Tensor:
     """Coordinates of points along axes, fp32 [..., n, c].
 
     Args:
@@ -69,8 +70,8 @@ def project(x: Tensor, axes: Tensor, weight: Tensor | None = None, *, tile: Tile
     count = axes.shape[-1]
     sets = x.shape[:-2].numel()
     tile = _project_tile(dim, x.dtype) if tile is None else tile
-    turns = min(4, -(-points // tile.rows))  # tiles of a program, which reads the axes once
-    programs = -(-points // (turns * tile.rows))
+    turns = min(4, ceil_div(points, tile.rows))  # tiles of a program, which reads the axes once
+    programs = ceil_div(points, turns * tile.rows)
     out = torch.empty((*x.shape[:-1], count), dtype=torch.float32, device=x.device)
     _project[(sets * programs,)](
         x.contiguous(), axes.contiguous(), None if weight is None else weight.contiguous(), out, points, programs,
@@ -97,21 +98,21 @@ def flags_of(valid: Tensor, shape: torch.Size) -> tuple[Tensor, int]:
     return valid.contiguous().view(torch.uint8), valid.numel() // shape[-1]
 
 
-def _covariance_tile(dim: int, dtype: torch.dtype) -> Tile:
+def _covariance_tile(dim: int, dtype: torch.dtype) -> RowTile:
     if dtype == torch.float32:
-        return Tile(64, 4, 2) if dim <= 64 else Tile(32, 8, 2)
-    return Tile(128, 4, 3) if dim <= 64 else Tile(64, 8, 3)
+        return RowTile(64, 4, 2) if dim <= 64 else RowTile(32, 8, 2)
+    return RowTile(128, 4, 3) if dim <= 64 else RowTile(64, 8, 3)
 
 
 def _iteration_warps(dim: int) -> int:
     return 1 if dim <= 32 else 4
 
 
-def _project_tile(dim: int, dtype: torch.dtype) -> Tile:
+def _project_tile(dim: int, dtype: torch.dtype) -> RowTile:
     row_bytes = padded(dim) * dtype.itemsize
     if row_bytes <= 128:
-        return Tile(128, 4, 3)
-    return Tile(64, 4, 3) if row_bytes <= 256 else Tile(64 if row_bytes <= 512 else 32, 4, 2)
+        return RowTile(128, 4, 3)
+    return RowTile(64, 4, 3) if row_bytes <= 256 else RowTile(64 if row_bytes <= 512 else 32, 4, 2)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_dist.kernels.limits import ceil_div
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
     LOG2E, PRECISION, Tile, check_kernel_inputs, flags, forward_tile, keep_heads, leaf_span, load_rows, load_vector,
@@ -84,7 +85,7 @@ class FarCall:
         batch, heads, blocks, groups, size = self.shape[:5]
         rows = side(size, tile.rows, tile.warps)
         keys = self.constants["LEAF"] * max(1, self.constants["SLOTS"])
-        return (blocks * groups * -(-size // rows), batch * heads), {
+        return (blocks * groups * ceil_div(size, rows), batch * heads), {
             **self.constants, "ROWS": rows, "LEAVES": side(tile.keys, tile.keys, tile.warps),
             "KEYS": side(keys, tile.keys, tile.warps), "num_warps": tile.warps, "num_stages": tile.stages}
 
@@ -98,7 +99,7 @@ def _shift(anchor: Tensor, leaf: Moments, span: Tensor | None, scale: float) -> 
     parts, leaves, dim = anchor.shape[-2], leaf.mass.shape[-1], anchor.shape[-1]
     shift = torch.empty(leaf.mass.shape, dtype=torch.float32, device=anchor.device)
     rows = 64
-    grid = (-(-leaves // rows), anchor[0, 0].numel() // dim, anchor.shape[0] * anchor.shape[1])
+    grid = (ceil_div(leaves, rows), anchor[0, 0].numel() // dim, anchor.shape[0] * anchor.shape[1])
     _shift_kernel[grid](
         anchor, leaf.mass, leaf.key, span, shift, scale, grid[1], leaves, PARTS=parts, SHARED=span is None, ROWS=rows,
         DIM=dim, DIM_PAD=padded(dim))
@@ -137,7 +138,7 @@ def _leave_out(shift: Tensor, opened: Tensor, use: Tensor | None, span: Tensor, 
     (blocks, groups, slots), leaves = opened.shape[2:], shift.shape[-1]
     bias = torch.empty((*opened.shape[:4], leaves), dtype=torch.float32, device=shift.device)
     count = min(1024, padded(leaves))
-    _leave_out_kernel[opened.shape[:4].numel(), -(-leaves // count)](
+    _leave_out_kernel[opened.shape[:4].numel(), ceil_div(leaves, count)](
         shift, opened, use, span, bias, blocks, leaves, shift.shape[2], GROUPS=groups, PARTS=parts, SLOTS=slots,
         SHARED=use is not None, COUNT=count)
     return bias

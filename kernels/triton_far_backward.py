@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muse_dist.kernels.leaf_readers import leaf_readers
+from muse_dist.kernels.limits import ceil_div
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
     LOG2E, PRECISION, BackwardTiles, backward_tiles, load_base2, load_rows, load_vector, products, store_rows,
@@ -47,7 +48,7 @@ def far_field_backward(
     if not trace:
         grad.trace.zero_()
     _, constants = call.launch(tile.moment)
-    _moment_backward[-(-shape[-1] // constants["LEAVES"]), q.shape[2] * call.parts, q.shape[0] * q.shape[1]](
+    _moment_backward[ceil_div(shape[-1], constants["LEAVES"]), q.shape[2] * call.parts, q.shape[0] * q.shape[1]](
         *call.tensors, dout, base, delta, square, *grad, *call.numbers, **constants)
     if k is None or v is None or opened is None or not opened.shape[-1]:
         return dq, grad, *(total or (None, None))

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muse_dist.kernels.leaf_readers import Readers, piece
+from muse_dist.kernels.limits import ceil_div
 from muse_dist.kernels.triton_common import (
     LOG2E, PRECISION, Tile, add_rows, flags, in_place, keep_heads, load_rows, padded, products, side, store_rows,
 )
@@ -35,7 +36,7 @@ def opened_backward(
     keys = side(leaf, tile.keys, tile.warps)
     constants = {"LEAF": leaf, "DIM": dim, "KEYS": keys, "DIM_PAD": padded(dim), "ADD": total is not None,
                  "num_warps": tile.warps}
-    tiles = -(-leaf // keys)
+    tiles = ceil_div(leaf, keys)
     groups = q.shape[2] * q.shape[3]
     _backward[readers.cuts + leaves * batch, tiles](
         dout, q, k, v, flags(valid), base, delta, *readers[:3], partial, dk_at, dv_at, scale, batch, leaves, held,

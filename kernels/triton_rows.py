@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_dist.kernels.limits import ceil_div
 from muse_dist.kernels.triton_common import flags, load_rows, padded
 
 ROWS = 64  # rows in a tile
@@ -15,7 +16,7 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """Dot products of the rows of a and b [..., D], in fp32: [...]."""
     dim = a.shape[-1]
     out = torch.empty(a.shape[:-1], dtype=torch.float32, device=a.device)
-    row_dots_kernel[(-(-out.numel() // ROWS),)](
+    row_dots_kernel[(ceil_div(out.numel(), ROWS),)](
         a.contiguous(), b.contiguous(), out, out.numel(), TILE=ROWS, DIM=dim, DIM_PAD=padded(dim))
     return out
 

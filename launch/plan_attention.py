@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from muse_dist import MuseConfig, flops
 from muse_dist.kernels.reference import PROBES
-from muse_dist.layout import Layout, LayoutName
+from muse_dist.layout import Layout, LayoutName, block_count
 
 # Matrix products of a pair, forward and backward.
 PRODUCTS = {
@@ -75,7 +75,7 @@ def _pairs(case: Case, rank: int) -> dict[str, float]:
     """Pairs by stage that a rank computes, of all heads."""
     if case.muse is None:
         return {"exact": case.heads * _exact_pairs(case, rank)}
-    config, count = case.muse, -(-case.tokens // case.muse.block)
+    config, count = case.muse, block_count(case.tokens, case.muse.block)
     if case.ranks == 1:
         mine = list(range(count))
         chunks = {}

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from muse_dist.config import MuseConfig
+from muse_dist.kernels.limits import ceil_div
 
 LayoutName = Literal["contiguous", "zigzag"]
 
 
 def block_count(tokens: int, block: int) -> int:
     """Blocks that `tokens` tokens are cut into; the last may be short."""
-    return -(-tokens // block)
+    return ceil_div(tokens, block)
 
 
 def is_near(query_block: int, key_block: int, config: MuseConfig) -> bool:

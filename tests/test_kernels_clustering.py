@@ -8,7 +8,7 @@ import torch
 
 from muse_dist.kernels import clustering, triton_bisection, triton_clustering
 from muse_dist.kernels.triton_bisection import BisectTile
-from muse_dist.kernels.triton_clustering import Tile
+from muse_dist.kernels.triton_clustering import RowTile
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -124,7 +124,7 @@ def test_project(dtype, dim, points, weighted):
     got = triton_clustering.project(x, axes, weight)
     assert_near(got, want, 2e-6 if dtype == torch.float32 else 2e-5)
     assert not got[0, 1, 2].any()
-    one_tile = triton_clustering.project(x, axes, weight, tile=Tile(16, 4, 1))
+    one_tile = triton_clustering.project(x, axes, weight, tile=RowTile(16, 4, 1))
     assert_near(one_tile, got.double(), 1e-6)
 
 
