@@ -83,14 +83,13 @@ class Communicator:
     def all_gather(self, name: str, x: Tensor) -> Pending:
         """Post the gathering of equal tensors; `wait` gives the tensor of every rank, in rank order."""
         with stage(f"post {name}"):
-            send = _to_bytes([x])
-            received = send.new_empty(self.size * send.numel())
-            parts = list(received.chunk(self.size))
-            work = self._post(name, lambda: dist.all_gather(parts, send, group=self.group, async_op=True))
+            send = torch.cat(_pieces([x]))
+            received = send.new_empty(self.size, send.numel())
+            work = self._post(name, lambda: _gather(received.view(-1), send, self.group))
             self._watch(name, send.device, work)
         self._count(name, (self.size - 1) * send.numel())
         spec = [(x.shape, x.dtype)]
-        return Pending(name, work, self._where(), send, lambda: [_from_bytes(part, spec)[0] for part in parts])
+        return Pending(name, work, self._where(), send, lambda: [_from_bytes(part, spec)[0] for part in received])
 
     def all_to_all(
         self, name: str, send: Sequence[Sequence[Tensor]],
@@ -102,10 +101,12 @@ class Communicator:
         """
         sizes = [sum(padded(prod(shape) * dtype.itemsize) for shape, dtype in specs) for specs in receive]
         with stage(f"post {name}"):
-            buffers = [_to_bytes(tensors, device) for tensors in send]
-            data, received = torch.cat(buffers), torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+            pieces = [_pieces(tensors) for tensors in send]
+            sent = [sum(piece.numel() for piece in some) for some in pieces]
+            received, nothing = (torch.empty(count, dtype=torch.uint8, device=device) for count in (sum(sizes), 0))
+            data = torch.cat([nothing, *(piece for some in pieces for piece in some)])
             work = self._post(name, lambda: dist.all_to_all_single(
-                received, data, sizes, [b.numel() for b in buffers], group=self.group, async_op=True))
+                received, data, sizes, sent, group=self.group, async_op=True))
             self._watch(name, device, work)
         self._count(name, sum(sizes))
         specs = [spec for part in receive for spec in part]
@@ -192,24 +193,30 @@ def _failure(name: str, where: str) -> str:
     return f"exchange '{name}' was pending on {where} and failed, because another rank died, hung or left"
 
 
+def _gather(received: Tensor, send: Tensor, group: ProcessGroup) -> dist.Work | None:
+    """Into one tensor, as NCCL does it; newer versions of torch have another name for it."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(received, send, group=group, async_op=True)  # type: ignore[no-any-return]
+
+
 def padded(count: int) -> int:
     """Tensors in a buffer start at multiples of 16 bytes, so that they can be viewed in any dtype."""
     return -(-count // 16) * 16
 
 
-def _to_bytes(tensors: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
-    """Tensors one after the other as bytes: uint8 [bytes]."""
+def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors as bytes, uint8 [bytes], each followed by what pads it."""
     pieces = []
     for x in tensors:
         flat = x.detach().contiguous().flatten().view(torch.uint8)
         pieces.append(flat)
         if padded(flat.numel()) > flat.numel():
             pieces.append(flat.new_zeros(padded(flat.numel()) - flat.numel()))
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=device)
+    return pieces
 
 
 def _from_bytes(buffer: Tensor, specs: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
-    """The inverse of `_to_bytes` for tensors of these shapes and dtypes."""
+    """The inverse of `_pieces`, one after the other, for tensors of these shapes and dtypes."""
     tensors, at = [], 0
     for shape, dtype in specs:
         size = prod(shape) * dtype.itemsize

@@ -37,7 +37,8 @@ class Counted:
     """Counts the collectives of torch.distributed while it is entered."""
 
     def __enter__(self):
-        self.calls, self.kept = [], {name: getattr(dist, name) for name in ("all_gather", "all_to_all_single")}
+        gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        self.calls, self.kept = [], {name: getattr(dist, name) for name in (gather, "all_to_all_single")}
         for name, function in self.kept.items():
             setattr(dist, name, self.counting(name, function))
         return self.calls

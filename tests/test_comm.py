@@ -191,8 +191,9 @@ def fail_without_an_exception():
     handler.emit = lambda record: logged.put(record.getMessage())
     logging.getLogger("muse_dist").addHandler(handler)
     group = dist.new_group()
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     with mock.patch.object(dist, "get_backend_config", lambda group: "cpu:nccl"), \
-            mock.patch.object(dist, "all_gather", lambda *args, **options: next(works)), \
+            mock.patch.object(dist, gather, lambda *args, **options: next(works)), \
             mock.patch.object(torch.cuda, "is_current_stream_capturing", side_effect=[False, False, True, False]):
         for name in ("done", "failed", "captured", "late"):
             Communicator(group).all_gather(name, torch.ones(3)).wait()

@@ -144,15 +144,20 @@ def test_activation_checkpointing(exchange, layout):
             assert order == 2 * forward + 2 * (forward + backward)
 
 
+def gather_single():
+    """The collective that gathers into one tensor, under the name it has in this version of torch."""
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 @contextlib.contextmanager
 def wire():
     """Collects what is handed to torch.distributed: (collective, bytes for every rank, bytes received, own share)."""
     sent = []
 
-    def gather(parts, send, group, async_op):
-        others = [part for rank, part in enumerate(parts) if rank != group.rank()]
-        sent.append(("all_gather", [send.clone()] * len(parts), sum(x.numel() for x in others)))
-        return dist.all_gather(parts, send, group=group, async_op=async_op)
+    def gather(received, send, group, async_op):
+        assert received.numel() == group.size() * send.numel()
+        sent.append(("all_gather", [send.clone()] * group.size(), received.numel() - send.numel()))
+        return gather_single()(received, send, group=group, async_op=async_op)
 
     def exchange(received, data, receive_sizes, send_sizes, group, async_op):
         assert receive_sizes[group.rank()] == send_sizes[group.rank()] == 0
@@ -161,7 +166,8 @@ def wire():
         return dist.all_to_all_single(received, data, receive_sizes, send_sizes, group=group, async_op=async_op)
 
     with mock.patch("muse_dist.comm.dist") as fake:
-        fake.all_gather, fake.all_to_all_single, fake.all_gather_object = gather, exchange, dist.all_gather_object
+        fake.all_gather_single, fake.all_to_all_single = gather, exchange
+        fake.all_gather_object = dist.all_gather_object
         fake.GroupMember = dist.GroupMember
         yield sent
 
