@@ -1,4 +1,4 @@
-"""The near field and the merge against their plain twins: on the GPU where there is one, else by Triton's interpreter.
+"""The near field against its plain twin: on the GPU where there is one, else by Triton's interpreter.
 
 Half precision is held to what exact attention in that precision makes of the same inputs: at most twice its error.
 """
@@ -13,31 +13,11 @@ from muse_dist.kernels import exact_kernels, reference, triton_exact, triton_mer
 from muse_dist.kernels.exact_kernels import Exact, exact_name
 from muse_dist.kernels.triton_common import Tile
 from muse_dist.kernels.triton_near import Run, find_runs
+from tests.kernel_cases import DEVICE, GPU, SCALE, assert_near, normal, rms_error
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 BLOCK = 128 if GPU else 32
-SCALE = 0.3
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # numpy's log2(0) is meant
-
-
-def normal(*shape, seed, dtype=torch.float64):
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return x.to(device=DEVICE, dtype=dtype)
-
-
-def rms_error(got, want):
-    assert got.shape == want.shape
-    return (got.double() - want).square().mean().sqrt().item() / max(want.square().mean().sqrt().item(), 1e-3)
-
-
-def assert_near(got, want, tolerance):
-    """Equal infinities, and a relative RMS error of the rest of at most `tolerance`."""
-    infinite = want.isinf()
-    assert torch.equal(got.isinf(), infinite) and not got.isnan().any()
-    error = rms_error(got.masked_fill(infinite, 0), want.masked_fill(infinite, 0))
-    assert error <= tolerance, f"relative error {error} above {tolerance}"
 
 
 def near_pairs(count, halo, causal):
@@ -309,49 +289,6 @@ def test_the_kernels_of_a_cpu_are_tritons():
 
 def test_the_rank_of_cudnns_log_sum_exp_is_found_without_a_gpu():
     assert exact_kernels._cudnn_lse_dims() in (3, 4)
-
-
-# --------------------------------------------------------------------------------------------------------------- merge
-
-
-def parts_of(count, shape=(2, 2, 70, 20), dtype=torch.float32):
-    """Partial softmaxes, some rows of some empty, the first row of all; NaN stands where nothing is."""
-    parts = []
-    for i in range(count):
-        out, lse = normal(*shape, seed=2 * i, dtype=dtype), 3 * normal(*shape[:-1], seed=2 * i + 1).float()
-        empty = normal(*shape[:-1], seed=100 + i) > 0.5
-        empty[..., 0] = True
-        parts.append((out.masked_fill(empty[..., None], math.nan), lse.masked_fill(empty, -math.inf)))
-    return parts
-
-
-@pytest.mark.parametrize("count", [2, 3, 4, 6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_merge(count, dtype):
-    parts = parts_of(count, dtype=dtype)
-    out, lse = triton_merge.merge(parts)
-    want, want_lse = reference.merge([(x.nan_to_num(0).double(), y.double()) for x, y in parts])
-    assert out.dtype == dtype and lse.dtype == torch.float32
-    rounding = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
-    assert_near(lse, want_lse, 1e-6)
-    assert_near(out, want, rounding)
-    assert not out[..., 0, :].any()
-
-
-def test_merge_takes_views():
-    parts = parts_of(2, shape=(2, 70, 3, 20))
-    views = [(out.transpose(1, 2), lse.transpose(1, 2)) for out, lse in parts]
-    for got, want in zip(triton_merge.merge(views), triton_merge.merge(parts), strict=True):
-        assert torch.equal(got.transpose(1, 2), want)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_parts_are_added_to_the_rows_they_cover(dtype):
-    total, part = normal(3, 50, 24, seed=1).to(dtype), normal(21, 3, 24, seed=2).to(dtype).transpose(0, 1)
-    want = total.clone()
-    want[:, 17:38] += part
-    triton_merge.add_part(total, part, 17)
-    assert torch.equal(total, want)
 
 
 @pytest.mark.skipif(not GPU, reason="synchronisation happens on a GPU only")
