@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -238,6 +239,9 @@ class RunConfig:
             raise ValueError(f"name={self.name!r} must be the name of a folder, without separators")
         if not self.muse.causal:
             raise ValueError("muse.causal=false: a decoder predicts the next token and must not see it")
+        if self.train.engine != "deepspeed" and self.deepspeed != DeepSpeedConfig():
+            raise ValueError(f"[deepspeed] has settings that train.engine={self.train.engine!r} does not read: leave "
+                             "them out, or take train.engine='deepspeed'")
 
 
 def parse_changes(words: Sequence[str]) -> dict[str, Any]:
@@ -275,7 +279,11 @@ def from_mapping(table: type[Table], values: Mapping[str, Any], where: str) -> T
 
 
 def _at_least(table: Any, **lows: int) -> None:
+    """Raise ValueError for a number that is too low, and for any of the table that is NaN or infinite."""
     where = type(table).__name__.removesuffix("Config").lower()
+    for name, value in vars(table).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}.{name}={value} must be a finite number")
     for name, low in lows.items():
         if getattr(table, name) < low:
             raise ValueError(f"{where}.{name}={getattr(table, name)} must be at least {low}")

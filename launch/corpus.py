@@ -146,16 +146,26 @@ def load_corpus(config: DataConfig, folder: Path | None = None) -> Corpus:
     for part in ("train", "held_out"):
         tokens = len(getattr(corpus, part))
         if tokens <= config.context:
+            fewer = "" if part == "train" else ", or hold out more documents, with a smaller " + (
+                "--held-out-every of launch.data" if config.path else "data.held_out_every")
             raise ValueError(f"{where} has {tokens} tokens for {part}; data.context={config.context} needs more than "
-                             "that: take a smaller context")
+                             f"that: take a smaller context{fewer}")
     return corpus
 
 
 def _from_files(config: DataConfig, folder: Path) -> Corpus:
     """Files of `launch.data`: train.bin, held_out.bin, their indexes, and data.json, which says what they are."""
+    if not (folder / "data.json").exists():
+        raise FileNotFoundError(f"{folder} has no data.json, with which a folder of tokens is complete: "
+                                "python -m launch.data writes one")
     about: dict[str, Any] = json.loads((folder / "data.json").read_text())
-    return Corpus(IndexedTokens(folder / "train"), IndexedTokens(folder / "held_out"), config.context,
-                  int(about["vocabulary"]), str(about["digest"]))
+    streams = {part: IndexedTokens(folder / part) for part in ("train", "held_out")}
+    for part, tokens in streams.items():
+        if len(tokens) != about[part]["tokens"]:
+            raise ValueError(f"{folder}: {part} has {len(tokens)} tokens, and data.json says {about[part]['tokens']}: "
+                             "they are not of one run of launch.data; write them again")
+    return Corpus(streams["train"], streams["held_out"], config.context, int(about["vocabulary"]),
+                  str(about["digest"]))
 
 
 def _from_sources(config: DataConfig, folder: Path) -> Corpus:

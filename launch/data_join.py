@@ -31,7 +31,10 @@ def join_parts(folder: Path, parts: Path, count: int, encoding: Encoding, held_o
         held_out_every: every so many-th document, of all, goes to held_out.
     Returns:
         the content of data.json.
+    Raises:
+        ValueError: no document is held out. Nothing is written, and the parts stay for another try.
     """
+    _check_held_out(parts, count, held_out_every)
     dtype = token_dtype(encoding.vocabulary)
     bad: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
@@ -48,6 +51,7 @@ def join_parts(folder: Path, parts: Path, count: int, encoding: Encoding, held_o
         bad.update(about["bad"])
         for why, where in about["examples"].items():
             examples[why] = [*examples.get(why, []), *where][:EXAMPLES]
+    (folder / "data.json").unlink(missing_ok=True)  # of earlier tokens, which are replaced one by one from here on
     for stream in streams:
         _finish(folder, stream, dtype)
     about = {"vocabulary": encoding.vocabulary, "separator": encoding.separator,
@@ -61,6 +65,14 @@ def join_parts(folder: Path, parts: Path, count: int, encoding: Encoding, held_o
     partial.replace(folder / "data.json")  # last: with it the folder is complete
     shutil.rmtree(parts)
     return about
+
+
+def _check_held_out(parts: Path, count: int, held_out_every: int) -> None:
+    documents = sum(len(read_part(data.with_suffix(".json"), data)["lengths"])
+                    for data in (parts / f"part-{i:06}.bin" for i in range(count)))
+    if documents < held_out_every:
+        raise ValueError(f"--held-out-every {held_out_every}: there are {documents} documents, so none would be held "
+                         f"out to measure by; " + (f"take at most {documents}" if documents > 1 else "give more"))
 
 
 def _copy(content: bytes, length: int, stream: Stream) -> None:

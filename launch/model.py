@@ -1,7 +1,6 @@
 """The decoder of the training command: a Hugging Face Llama whose attention can be swapped while it lives."""
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,12 +40,9 @@ def register_attentions(config: RunConfig, ranks: Ranks | None = None, counter: 
 
 
 def exact_settings(config: RunConfig, ranks: int) -> MuseConfig:
-    """All blocks in the halo: nothing is far, which is exact attention. The largest blocks take the fewest kernels."""
-    block, context = config.muse.block, config.data.context
-    chunk = context // (ranks * (2 if config.layout == "zigzag" and ranks > 1 else 1))
-    while block < chunk and chunk % (2 * block) == 0:
-        block *= 2
-    return dataclasses.replace(config.muse, block=block, halo=-(-context // block), exchange="kv")
+    """Settings with which nothing is far, which is exact attention, for ranks that share a sequence."""
+    context = config.data.context
+    return config.muse.exact(context, context // (ranks * (2 if config.layout == "zigzag" and ranks > 1 else 1)))
 
 
 def build_model(

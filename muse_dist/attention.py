@@ -83,6 +83,17 @@ def near_only(q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale: flo
     return attend(q, k, v, None, config, scale)
 
 
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, config: MuseConfig, scale: float | None = None,
+    group: ProcessGroup | None = None, layout: LayoutName = "contiguous", counter: ByteCounter | None = None,
+) -> Tensor:
+    """Exact attention, for the layers of a model that do not use MuSe; arguments and errors as in `muse_attention`."""
+    ranks = 1 if group is None else group.size()
+    chunk = q.shape[2] // (2 if layout == "zigzag" and ranks > 1 else 1)
+    return muse_attention(q, k, v, config=config.exact(q.shape[2] * ranks, chunk), scale=scale, group=group,
+                          layout=layout, counter=counter)
+
+
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = cast_dtype(q)
     return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 Exchange = Literal["moments", "kv"]
 Backend = Literal["auto", "torch", "triton"]
+PRESETS = ("paper", "fast", "accurate")  # methods of MuseConfig
 
 
 def _option(default: Any, text: str) -> Any:
@@ -129,11 +130,11 @@ class MuseConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MuseConfig:
-        """The preset called `name` ('paper', 'fast' or 'accurate') with some fields changed."""
-        presets = {"paper": cls.paper, "fast": cls.fast, "accurate": cls.accurate}
-        if not isinstance(name, str) or name not in presets:
-            raise ValueError(f"preset={name!r}: unknown; take one of {', '.join(presets)}")
-        return presets[name](**changes)
+        """The preset called `name`, one of PRESETS, with some fields changed."""
+        if name not in PRESETS:
+            raise ValueError(f"preset={name!r}: unknown; take one of {', '.join(PRESETS)}")
+        made: MuseConfig = getattr(cls, name)(**changes)
+        return made
 
     @classmethod
     def paper(cls, **changes: Any) -> MuseConfig:
@@ -153,6 +154,17 @@ class MuseConfig:
     def accurate(cls, **changes: Any) -> MuseConfig:
         """Within 0.008 nats of exact attention without retraining, up to 64k tokens on one model (launch/results)."""
         return cls(**{"leaf": 128, "anchors": 2, "opened": 6, **changes})
+
+    def exact(self, tokens: int, chunk: int) -> MuseConfig:
+        """These settings with which nothing is far: attention over `tokens` tokens is exact, on ranks too.
+
+        `chunk` is how many tokens in a row a rank holds. Of the blocks that divide it the largest take the fewest
+        kernels.
+        """
+        block = self.block
+        while block < chunk and chunk % (2 * block) == 0:
+            block *= 2
+        return dataclasses.replace(self, block=block, halo=-(-tokens // block), exchange="kv")
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:

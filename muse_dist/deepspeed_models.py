@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
+from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
+from muse_dist.attention import exact_attention
 from muse_dist.comm import ProcessGroup
 from muse_dist.config import MuseConfig
 from muse_dist.deepspeed_section import ALL, MuseSection
@@ -14,7 +15,6 @@ from muse_dist.layer import MuseAttention
 from muse_dist.layout import LayoutName
 
 LOG = logging.getLogger("muse_dist")
-EVERY_BLOCK = 2 ** 20  # as a halo: more blocks than any sequence has
 
 
 def install(model: nn.Module, section: MuseSection, group: ProcessGroup) -> None:
@@ -41,24 +41,25 @@ def install(model: nn.Module, section: MuseSection, group: ProcessGroup) -> None
              group.size())
 
 
-def register_once(config: MuseConfig, group: ProcessGroup, layout: LayoutName) -> str:
-    """Register attention with transformers under a name no other engine of this process uses; returns the name."""
+def register_once(
+    config: MuseConfig, group: ProcessGroup, layout: LayoutName, function: Callable[..., Tensor] | None = None
+) -> str:
+    """Register MuSe, or `function`, with transformers under a name no other engine of this process uses; returns it."""
     from transformers import AttentionInterface
 
     from muse_dist.huggingface import register
 
     taken = AttentionInterface().valid_keys()
     name = next(name for i in range(len(taken) + 1) if (name := f"muse_deepspeed_{i}") not in taken)
-    register(config, name, group=group, layout=layout)
+    register(config, name, function, group=group, layout=layout)
     return name
 
 
 def _exact(section: MuseSection, group: ProcessGroup) -> str:
-    """The name of exact attention: torch's own on one rank; else MuSe that gathers all keys and reads all blocks."""
+    """The name of exact attention: torch's own on one rank; else over keys gathered from all."""
     if group.size() == 1:
         return "sdpa"
-    config = dataclasses.replace(section.muse, exchange="kv", halo=EVERY_BLOCK, opened=0, sinks=0)
-    return register_once(config, group, section.layout)
+    return register_once(section.muse, group, section.layout, exact_attention)
 
 
 def _check_own(model: nn.Module, section: MuseSection, group: ProcessGroup) -> None:

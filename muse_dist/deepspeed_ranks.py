@@ -94,7 +94,7 @@ def join_processes(context_size: int, timeout_seconds: float) -> Ranks:
     """Join the processes that `deepspeed`, `torchrun` or `mpirun` started, and make the groups. All must call it.
 
     Raises:
-        ValueError: `context_size` does not divide the number of processes.
+        ValueError: `context_size` does not divide the number of processes, or nothing says which GPU is this one's.
         ImportError: started by none of them, or by mpirun, and mpi4py is missing.
     """
     import deepspeed
@@ -104,6 +104,9 @@ def join_processes(context_size: int, timeout_seconds: float) -> Ranks:
         _discover_by_mpi()
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() != "cpu":
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("LOCAL_RANK is not set, which says the GPU of this process: start the run with torchrun, "
+                             "deepspeed or mpirun, or set it to the process's number on its node")
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     _init_distributed(timeout)
     size, rank = dist.get_world_size(), dist.get_rank()

@@ -131,19 +131,18 @@ def _ranges(layers: Any) -> list[tuple[int, int]]:
 
 def _problems(config: Mapping[str, Any], ranks: int) -> list[str]:
     """Settings of DeepSpeed that would give wrong gradients or are not known to give right ones, each with its fix."""
-    zero = config.get("zero_optimization", {})
-    checkpointing = config.get("activation_checkpointing", {})
+    zero = _table(config, "zero_optimization")
     found = [f'"{key}": use muse.context_parallel_size instead'
              for key in ("sequence_parallel_size", "data_parallel_size") if key in config]
-    if checkpointing.get("partition_activations"):
+    if _table(config, "activation_checkpointing").get("partition_activations"):
         found.append("activation_checkpointing.partition_activations: ranks hold different tokens, leave it out")
-    if config.get("tensor_parallel", {}).get("autotp_size", 0) > 1:
+    if (_table(config, "tensor_parallel").get("autotp_size") or 0) > 1:
         found.append("tensor_parallel.autotp_size: tensor parallelism is not supported, leave it out")
     # DeepSpeed sorts the parameters another way then, but not the names of their fp32 copies.
     if zero.get("round_robin_gradients"):
         found.append("zero_optimization.round_robin_gradients: DeepSpeed then saves parameters under each other's "
                      "names, leave it out")
-    if config.get("checkpoint", {}).get("writer") is not None:
+    if _table(config, "checkpoint").get("writer") is not None:
         found.append("checkpoint.writer: does not know ranks that share a sequence, leave it out")
     if config.get("datastates_ckpt", False) is not False:  # as DeepSpeed reads it
         found.append("datastates_ckpt: is still writing when muse_dist.deepspeed.save calls a checkpoint whole, leave "
@@ -161,4 +160,15 @@ def _problems(config: Mapping[str, Any], ranks: int) -> list[str]:
         found.append("gradient_predivide_factor: not supported with context_parallel_size > 1, leave it at 1.0")
     if str(config.get("gradient_allreduce_op", "mean")).lower() != "mean":
         found.append('gradient_allreduce_op: the loss is scaled for "mean", leave it out')
+    return found
+
+
+def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A section of DeepSpeed's, empty where it is missing or null; TypeError for what is no section."""
+    found = config.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise TypeError(f'"{key}" must be a section {{...}} of the DeepSpeed config, not {found!r}; write it out, or '
+                        "leave it out")
     return found

@@ -63,7 +63,8 @@ def register(
         config: settings of every layer that runs under this name; `config.causal` must be what the layers ask for.
         name: what `attn_implementation=` takes. Names of transformers' own implementations are refused.
         function: called as function(q, k, v, config=config, scale=scale) with q [B, H, N, D], k and v [B, K, N, D]
-            (key/value heads not repeated), to return [B, H, N, D]; `muse_attention` if None.
+            (key/value heads not repeated), to return [B, H, N, D]; `muse_attention` if None. With `group` it is
+            given group, layout and counter too.
         group, layout, counter: of `muse_attention`, for ranks that share the sequence. The model must then be given
             `position_ids`, the places of this rank's tokens in the sequence; caches are refused.
     Raises:
@@ -83,9 +84,8 @@ def register(
     if not name or set("/|@: ") & set(name) or "flash" in name:
         raise ValueError(f"name={name!r}: transformers reads special meanings into '/', '|', '@', ':' and 'flash'; "
                          "take a plain word, such as 'muse'")
-    if function is not None and group is not None:
-        raise ValueError("group: a function of your own knows its group; give one or the other")
-    function = function or partial(muse_attention, group=group, layout=layout, counter=counter)
+    if function is None or group is not None:
+        function = partial(function or muse_attention, group=group, layout=layout, counter=counter)
     place = None if group is None else partial(_shard_positions, config, group, layout)
     AttentionInterface.register(name, _attention(config, function, place))
     AttentionMaskInterface.register(name, _mask(config, group is not None))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muse_dist import MuseConfig, muse_attention
+from muse_dist import MuseConfig, attention, muse_attention
 from muse_dist.attention import attend
 from muse_dist.tree import has_far_field, make_plan
 from tests import brute
@@ -57,6 +57,18 @@ def test_a_sequence_of_one_block_is_exact(length, causal):
     inputs = random_inputs(1, 2, 4, 2, length, 5)
     got = gradients(lambda *x: muse_attention(*x, config=small(halo=0, causal=causal)), inputs)
     assert_close(got, gradients(lambda *x: exact_attention(*x, 5 ** -0.5, causal), inputs), TOLERANCE)
+
+
+@BOTH
+@pytest.mark.parametrize(("length", "block"), [(64, 64), (48, 16), (45, 8)])
+def test_layers_without_muse_are_exact_in_the_largest_blocks(length, block, causal, monkeypatch):
+    taken = []
+    monkeypatch.setattr(attention, "muse_attention", lambda *x, config, **options: (
+        taken.append(config), muse_attention(*x, config=config, **options))[1])
+    inputs = random_inputs(1, 1, 4, 2, length, 5)
+    got = gradients(lambda *x: attention.exact_attention(*x, config=small(halo=0, causal=causal), scale=0.6), inputs)
+    assert_close(got, gradients(lambda *x: exact_attention(*x, 0.6, causal), inputs), TOLERANCE)
+    assert {config.block for config in taken} == {block}
 
 
 @BOTH

@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from filelock import FileLock
 pytest.importorskip("deepspeed")
 
 from muse_dist.deepspeed_checkpoint import RESHARD
+from muse_dist.deepspeed_ranks import join_processes
 from tests.deepspeed_runs import CASES, CASES_OF_FOUR, STEPS, Case, alone
 from tests.deepspeed_worlds import on_more_or_less, on_two_ranks
 from tests.ranks import run_ranks
@@ -143,6 +145,16 @@ def test_sequences_are_padded_if_asked(two):
     shapes, labelled = zip(*(said["padded"].split("] ") for _, _, said in two))
     assert shapes == ("[1, 32", "[1, 32")
     assert sum(map(int, labelled)) == 49  # of 50 tokens the last has no successor
+
+
+def test_a_process_that_was_not_told_its_gpu_is_told_how(monkeypatch):
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed, "get_accelerator", lambda: mock.Mock(device_name=lambda: "cuda"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="LOCAL_RANK is not set.*start the run with torchrun, deepspeed or mpirun"):
+        join_processes(1, 10.0)
 
 
 def test_a_rank_hears_of_another_ones_problem(two):

@@ -95,8 +95,8 @@ def test_the_deepspeed_recipe_starts_the_training_command(tmp_path):
     """Twice: what is finished is not trained again, and still a success."""
     (tmp_path / "small.toml").write_text(SMALL.replace("steps = 4", "steps = 1"))
     command = [str(ROOT / "launch" / "deepspeed.sh"), str(tmp_path / "small"), "--num_gpus", "2", "--master_port",
-               free_port(), "--module", "launch.train", "--config", str(tmp_path / "small.toml"), "--out", str(tmp_path),
-               "--engine", "deepspeed", "--device", "cpu"]
+               free_port(), "--module", "launch.train", "--config", str(tmp_path / "small.toml"), "--out",
+               str(tmp_path), "--engine", "deepspeed", "--device", "cpu"]
     for said in ("plots, results and model", "is finished after 1 steps"):
         process = start(command)
         output, = finish(process)

@@ -88,6 +88,13 @@ def test_settings_of_deepspeed_that_do_not_fit_are_refused(changes, message):
         read_config(config(problem))
 
 
+@pytest.mark.parametrize("key", ["zero_optimization", "activation_checkpointing", "tensor_parallel", "checkpoint"])
+def test_sections_of_deepspeed_may_be_null_and_nothing_else(key):
+    assert read_config(config({key: None}))[1][key] is None
+    with pytest.raises(TypeError, match=f"\"{key}\" must be a section .* not True"):
+        read_config(config({key: True}))
+
+
 def test_one_rank_a_sequence_leaves_deepspeed_its_choices():
     changes = {"zero_optimization": {"stage": 3, "reduce_scatter": False}, "gradient_predivide_factor": 2.0}
     assert read_config(config(changes, context_parallel_size=1))[1] == {**REST, **changes}

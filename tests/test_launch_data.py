@@ -83,13 +83,14 @@ def test_what_is_no_document_is_counted_and_named(tmp_path, capsys):
 
 
 def test_a_source_tree_keeps_its_order_and_leaves_out_what_is_no_text(tmp_path):
-    for name, content in {"b/z.py": b"1", "b/a.py": b"2", "a.py": b"3", "b/c/d.py": b"4", ".git/x.py": b"no",
-                          "b/.hidden.py": b"no", "b/image.py": b"a\0b", "b/latin.py": b"\xe9", "b/none.py": b"",
-                          "b/readme.md": b"no"}.items():
+    for name, content in {"b/z.py": b"1", "b/a.py": b"2", "a.py": b"3", "b/c/d.py": b"4", "b/d/e.py": b"5",
+                          ".git/x.py": b"no", "b/.hidden.py": b"no", "b/image.py": b"a\0b", "b/latin.py": b"\xe9",
+                          "b/none.py": b"", "b/readme.md": b"no"}.items():
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree" / name).write_bytes(content)
     about = make(tmp_path / "out", tmp_path / "tree", "--suffix", ".py")
     assert documents(tmp_path / "out", "train") == ["3", "2", "1", "4"]
+    assert documents(tmp_path / "out", "held_out") == ["5"]
     assert sorted(about["bad"].values()) == [1, 1, 1] and "not text: it has zero bytes" in about["bad"]
     assert about["examples"]["empty file"] == [str(tmp_path / "tree" / "b" / "none.py")]
 
@@ -221,8 +222,39 @@ def test_training_takes_the_folder(tmp_path):
     stream = documents(tmp_path / "out", "train")
     where = corpus.describe(4, 0)
     assert len(stream[where["document"]].encode()) >= where["token_in_document"]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="nowhere has no data.json.*python -m launch.data writes one"):
         load_corpus(DataConfig(path=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="for held_out.*with a smaller --held-out-every of launch.data"):
+        load_corpus(DataConfig(path=str(tmp_path / "out"), context=len(corpus.held_out)))
+
+
+def test_files_of_two_runs_are_not_taken_for_one(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
+    make(tmp_path / "out", tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS * 2))
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken, pytest.raises(SystemExit):
+        broken.setattr("launch.data_join.write_index", fail)
+        make(tmp_path / "out", tmp_path / "a.jsonl")
+    assert not (tmp_path / "out" / "data.json").exists(), "what is there is of no one run"
+    about = make(tmp_path / "out", tmp_path / "a.jsonl")
+    about["train"]["tokens"] -= 1
+    (tmp_path / "out" / "data.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="train has .* tokens, and data.json says .* not of one run of launch.data"):
+        load_corpus(DataConfig(path=str(tmp_path / "out"), context=16))
+
+
+def test_tokens_of_which_none_are_held_out_are_refused_and_not_lost(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
+    with pytest.raises(SystemExit):
+        command.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
+    assert "--held-out-every 100: there are 10 documents" in (said := capsys.readouterr().err)
+    assert "take at most 10" in said
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["parts"]
+    assert make(tmp_path / "out", tmp_path / "a.jsonl")["held_out"]["documents"] == 2
 
 
 @pytest.mark.parametrize("arguments, message", [

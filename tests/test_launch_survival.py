@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from launch.indexed import write_index
-from tests.launched import Launcher, small_run
+from tests.launched import Launcher, small_run, write_pattern
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +20,8 @@ def launcher():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Token files that start in no time: a learnable pattern with noise."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for name, tokens in (("train", 20_000), ("held_out", 1_000)):
-        values = (np.arange(tokens) % 37 + rng.integers(0, 3, tokens)).astype(np.uint16)
-        values.tofile(folder / f"{name}.bin")
-        write_index(folder / f"{name}.idx", [tokens // 10] * 10, values.dtype)
-    (folder / "data.json").write_text(json.dumps({"vocabulary": 64, "digest": "pattern"}))
+    write_pattern(folder)
     return folder
 
 

@@ -189,6 +189,12 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
         dataclasses.replace(settings("zero 2").train, **changes)
 
 
+def test_settings_of_deepspeed_for_another_engine_are_refused():
+    zero = settings("zero 3")
+    with pytest.raises(ValueError, match="deepspeed. has settings that train.engine='torch' does not read"):
+        dataclasses.replace(zero, train=dataclasses.replace(zero.train, engine="torch"))
+
+
 def test_a_stage_that_is_none_is_refused():
     with pytest.raises(ValueError, match="deepspeed.stage=0 must be 1, 2 or 3"):
         DeepSpeedConfig(0)

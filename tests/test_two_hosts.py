@@ -3,11 +3,9 @@ import json
 import shlex
 import stat
 
-import numpy as np
 import pytest
 
-from launch.indexed import write_index
-from tests.launched import Launcher, small_run
+from tests.launched import Launcher, small_run, write_pattern
 from tests.two_hosts import TwoHosts, wait_until, why_not
 
 REASON = why_not()
@@ -21,12 +19,7 @@ class Case:
     def __init__(self, folder):
         self.folder = folder
         self.train = ["launch.train", "--config", folder / "run.toml", "--out", folder, "--device", "cpu"]
-        rng = np.random.default_rng(0)
-        for name, tokens in (("train", 20_000), ("held_out", 1_000)):
-            values = (np.arange(tokens) % 37 + rng.integers(0, 3, tokens)).astype(np.uint16)
-            values.tofile(folder / f"{name}.bin")
-            write_index(folder / f"{name}.idx", [tokens // 10] * 10, values.dtype)
-        (folder / "data.json").write_text(json.dumps({"vocabulary": 64, "digest": "pattern"}))
+        write_pattern(folder)
         (folder / "run.toml").write_text(small_run(STEPS, folder, timeout=8))
 
     def losses(self):
