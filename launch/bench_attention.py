@@ -24,6 +24,7 @@ from launch.bench_timing import Attention, measure, step
 from launch.bench_traces import record, stages
 from muse_dist import MuseConfig
 from muse_dist.backend import backend_for
+from muse_dist.config import PRESETS
 from muse_dist.layout import Layout
 
 Row = dict[str, Any]
@@ -278,7 +279,7 @@ def add_command(commands: Any) -> None:
     sight = command.add_mutually_exclusive_group()
     sight.add_argument("--causal", action="store_true", default=True, help="every token sees those before it (default)")
     sight.add_argument("--acausal", action="store_false", dest="causal", help="every token sees all")
-    command.add_argument("--preset", nargs="+", default=["fast", "accurate", "paper"], metavar="NAME",
+    command.add_argument("--preset", nargs="+", default=list(PRESETS), metavar="NAME",
                          help="presets of MuSe (default: all)")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                          help="another field of MuseConfig, in every preset; repeat for more")

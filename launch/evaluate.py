@@ -33,10 +33,10 @@ from launch.ablations import Variant, across_ranks, ladder
 from launch.options import dtype_of, pick_device, setting
 from launch.trained import cut, load
 from muse_dist import MuseConfig
+from muse_dist.config import PRESETS
 from muse_dist.huggingface import register
 from muse_dist.layout import LayoutName
 
-PRESETS = ("paper", "fast", "accurate")
 LOGIT_ROWS = 1024  # tokens whose logits exist at a time
 
 

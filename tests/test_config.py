@@ -6,6 +6,7 @@ import re
 import pytest
 
 from muse_dist import MuseConfig
+from muse_dist.config import PRESETS
 
 DEFAULTS = {
     "block": 4096, "halo": 1, "leaf": 64, "group": 64, "anchors": 4, "remote_anchors": 1, "remote_leaf": 32,
@@ -122,7 +123,7 @@ def test_presets():
     fast, accurate = MuseConfig.fast(), MuseConfig.accurate()
     near = [config.block * (1 + config.halo) for config in (fast, accurate)]
     assert near[0] < near[1]
-    for name in ("paper", "fast", "accurate"):
+    for name in PRESETS:
         preset = getattr(MuseConfig, name)
         assert MuseConfig.preset(name) == preset() and preset(causal=False).causal is False
         assert MuseConfig.preset(name, halo=2) == dataclasses.replace(preset(), halo=2)
