@@ -55,7 +55,8 @@ def mesh_steps(case):
             return function(*args, **kwargs)
         return call
 
-    names = ("all_gather", "all_to_all_single", "all_gather_object")
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    names = (gather, "all_to_all_single", "all_gather_object")
     with mock.patch.multiple("muse_dist.comm.dist", **{name: watched(getattr(dist, name)) for name in names}):
         return case.step(group), used
 
