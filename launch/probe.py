@@ -14,7 +14,7 @@ from launch.config import RunConfig
 from launch.ranks import Ranks
 from muse_dist import MuseConfig, muse_attention
 from muse_dist.compute import working
-from muse_dist.layout import Layout
+from muse_dist.layout import Layout, block_count
 from muse_dist.tree import has_far_field, open_blocks, order_blocks
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _whole(config: RunConfig, ranks: Ranks) -> int:
     """Tokens of a sequence; a single rank's short last block is counted as whole."""
     if ranks.size > 1:
         return config.data.context
-    return -(-config.data.context // config.muse.block) * config.muse.block
+    return block_count(config.data.context, config.muse.block) * config.muse.block
 
 
 def _named(rows: Tensor, world: int) -> dict[str, float | None]:

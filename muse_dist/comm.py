@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from muse_dist.kernels.limits import ceil_div
 from muse_dist.stages import stage
 
 LOG = logging.getLogger("muse_dist")
@@ -201,7 +202,7 @@ def _gather(received: Tensor, send: Tensor, group: ProcessGroup) -> dist.Work | 
 
 def padded(count: int) -> int:
     """Tensors in a buffer start at multiples of 16 bytes, so that they can be viewed in any dtype."""
-    return -(-count // 16) * 16
+    return ceil_div(count, 16) * 16
 
 
 def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from muse_dist.kernels.limits import ceil_div
+
 Exchange = Literal["moments", "kv"]
 Backend = Literal["auto", "torch", "triton"]
 PRESETS = ("paper", "fast", "accurate")  # methods of MuseConfig
@@ -164,7 +166,7 @@ class MuseConfig:
         block = self.block
         while block < chunk and chunk % (2 * block) == 0:
             block *= 2
-        return dataclasses.replace(self, block=block, halo=-(-tokens // block), exchange="kv")
+        return dataclasses.replace(self, block=block, halo=ceil_div(tokens, block), exchange="kv")
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:
