@@ -242,5 +242,5 @@ def _add_moments(total: Moments | None, part: Moments, remote: RemoteLeaves | No
         return part
     total = no_moments(remote.leaf) if total is None else total
     for sum_, x in zip(total, part):
-        sum_[:, heads, :, :x.shape[3]] += x
+        sum_[:, heads, :, :x.shape[3]].add_(x)
     return total

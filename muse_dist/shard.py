@@ -145,7 +145,7 @@ def add_halo_gradients(s: Shard, pending: Pending, dk: Tensor, dv: Tensor) -> No
             received = next(tensors)
             for r in rows:
                 length = r.stop - r.start
-                total[:, :, r] += received[:, :, at:at + length]
+                total[:, :, r].add_(received[:, :, at:at + length])
                 at += length
 
 
