@@ -19,7 +19,7 @@ from launch.config import RunConfig
 from launch.corpus import load_corpus
 from launch.flops import peak_flops
 from launch.plan import calibrated
-from launch.plan_machine import GPUS, known_machine
+from launch.plan_machine import known_gpu, known_machine
 from launch.plan_model import STATE_BYTES, Shape
 from launch.plan_rows import read_rows
 from launch.plan_step import predict, setup_of
@@ -260,7 +260,7 @@ def check_prediction(config: RunConfig, ranks: Ranks, per_node: int | None = Non
     if ranks.device.type != "cuda" or peak_flops(ranks.device) is None:
         return [ok("prediction", f"none: the speed of this {ranks.device.type} is not known to launch.plan")]
     name = torch.cuda.get_device_name(ranks.device)
-    known = next((gpu for gpu in GPUS if gpu in name), None)
+    known = known_gpu(name)
     if known is None:
         return [ok("prediction", f"none: {name} is not known to launch.plan")]
     return predicted(config, known, ranks.world, per_node or torch.cuda.device_count(),

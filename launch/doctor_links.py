@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.doctor_checks import Finding, ok, problem, warning
-from launch.plan_machine import GPUS, LINK_SHARE
+from launch.plan_machine import GPUS, LINK_SHARE, known_gpu
 from launch.ranks import Ranks
 
 PAIR_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
@@ -124,8 +124,8 @@ def check_links(ranks: Ranks, intra: float | None, inter: float | None) -> list[
     mine = [_time_pair(ranks, peer) for peer in rounds(ranks.world, ranks.world_rank)]
     links = [Link(*link) for one in ranks.collect([tuple(link) for link in mine if link is not None]) for link in one]
     if intra is None and ranks.device.type == "cuda":
-        name = torch.cuda.get_device_name(ranks.device)
-        intra = next((nvlink / 1e9 for gpu, (*_, nvlink) in GPUS.items() if gpu in name), None)
+        known = known_gpu(torch.cuda.get_device_name(ranks.device))
+        intra = None if known is None else GPUS[known][-1] / 1e9
     return judge_links(links, hosts, None if intra is None else LINK_SHARE * intra * 1e9,
                        None if inter is None else LINK_SHARE * inter * 1e9)
 

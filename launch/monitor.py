@@ -175,13 +175,19 @@ def _numbers(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]
             yield prefix + name, float(value)
 
 
-def _start_wandb(config: RunConfig, folder: Path, mode: Literal["offline", "online"]) -> Any:
-    """A wandb run whose id is kept beside the metrics: a run that goes on is one curve there too."""
+def load_wandb(mode: Literal["offline", "online"]) -> Any:
+    """The module; ValueError if it is not installed."""
     try:
         import wandb
     except ModuleNotFoundError as error:
         raise ValueError(f"--wandb {mode}: wandb is not installed; pip install 'muse_dist[wandb]', "
                          "or leave the option out") from error
+    return wandb
+
+
+def _start_wandb(config: RunConfig, folder: Path, mode: Literal["offline", "online"]) -> Any:
+    """A wandb run whose id is kept beside the metrics: a run that goes on is one curve there too."""
+    wandb = load_wandb(mode)
     kept = folder / "wandb-id"
     if not kept.exists():
         kept.write_text(secrets.token_hex(4))

@@ -1,6 +1,7 @@
 """What a cluster can do: GPUs, memory, links inside a node and between nodes."""
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # Data sheets of NVIDIA: dense bf16 FLOP/s, bytes/s of memory, bytes of memory, NVLink bytes/s in one direction.
@@ -49,6 +50,16 @@ class Machine:
             return 0.0
         return exchanges * self.start + received / (self.intra if ranks <= self.per_node else min(self.intra,
                                                                                                   self.inter))
+
+
+def in_name(part: str, device: str) -> bool:
+    """Whether a device's full name has this word: "NVIDIA H200" has "H200", and "NVIDIA GH200 480GB" has not."""
+    return part in re.split(r"[^A-Za-z0-9]+", device)
+
+
+def known_gpu(device: str) -> str | None:
+    """Which of `GPUS` a device's full name says, None if it is none of them."""
+    return next((gpu for gpu in GPUS if in_name(gpu, device)), None)
 
 
 def known_machine(name: str, per_node: int, inter: float, intra: float | None = None) -> Machine:

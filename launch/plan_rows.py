@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from launch.plan_attention import Case, attention_work
-from launch.plan_machine import Machine
+from launch.plan_machine import Machine, in_name
 from launch.plan_rates import Rates, assumed_rates, fit, fit_layers, layer_seconds, priced
 from launch.plan_step import Step, bench_step, scaling_step
 from muse_dist import MuseConfig
@@ -55,7 +55,7 @@ class Rows:
 
 
 def read_rows(paths: Iterable[Path], device: str) -> Rows:
-    """The usable rows of JSON-lines files (or of folders of them) whose device has `device` in its name.
+    """The usable rows of JSON-lines files (or of folders of them) whose device's name has the word `device`.
 
     Left out are rows that failed, or failed their check, and what is not planned: attention that is not causal,
     windows, rivals over several ranks but torch's context parallelism in a step; and CUDA graphs beside other rows.
@@ -65,7 +65,8 @@ def read_rows(paths: Iterable[Path], device: str) -> Rows:
     """
     found = [row for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])
              for row in _lines(file)]
-    rows = [row for row in found if device in str(row.get("processor") or row.get("device")) and "failed" not in row]
+    rows = [row for row in found
+            if in_name(device, str(row.get("processor") or row.get("device"))) and "failed" not in row]
     layers = [layer for row in rows if (layer := _layer(row)) is not None]
     layers = [layer for layer in layers if not layer.graph] or layers  # launch.train does not capture its steps
     layers = _fastest_exact(layers)

@@ -8,7 +8,8 @@
 Every run is `launch.train` under torchrun on this node, whose ranks share every sequence unless
 `--set train.context_parallel=N` says otherwise. With --speed-only nothing is learned: runs on as many ranks time steps
 over random tokens in the same processes. OUT/rows.jsonl gets a line a run, also for one that failed; the same command
-goes on where it was interrupted, without --speed-only inside a run too. launch.plan takes the rows to calibrate itself.
+goes on where it was interrupted, without --speed-only inside a run too, and refuses rows of other settings.
+launch.plan takes the rows to calibrate itself.
 """
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ from typing import Any
 
 from launch.config import RunConfig, parse_changes
 from launch.flops import step_flops
+from launch.monitor import load_wandb
 from launch.options import described_device, pick_device, write_line
-from launch.scaling_report import write_report
+from launch.scaling_report import log_report, write_report
 from launch.scaling_row import Row, measured, reason
 from launch.scaling_runs import Slot, ending, run, side_by_side, slots
 
@@ -55,14 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        wandb = None if options.wandb == "off" else load_wandb(options.wandb)
         rows = read_done(options.out / ROWS)
         if not options.report:
+            options.out.mkdir(parents=True, exist_ok=True)
             with ending():
                 rows = sweep(options, rows)
         if not rows:
             raise ValueError(f"{options.out / ROWS} has no rows; start without --report")
-        print(write_report(list(rows.values()), options.page or options.out / "report.md"))
+        page = options.page or options.out / "report.md"
+        print(write_report(list(rows.values()), page))
+        if wandb is not None:
+            log_report(wandb, list(rows.values()), page, options.out, options.wandb)
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     return int(any("failed" in row for row in rows.values()))
@@ -101,7 +107,7 @@ class Sweep:
     def add(self, job: Job, row: Row) -> None:
         """Keep what is known of a run now, and print it."""
         row = {"benchmark": "scaling", **asdict(job), "device": described_device(self.device),
-               "side_by_side": self.options.side_by_side, **row}
+               "side_by_side": self.options.side_by_side, "asked": self.asked(job), **row}
         with self._lock:
             write_line(self.options.out / ROWS, row)
             self.rows[job] = row
@@ -111,10 +117,24 @@ class Sweep:
         """Settings of a run that are not the file's. One rank has nobody to split weights with."""
         return [f"data.context={job.context}", *self.options.set, *(["train.shard=false"] if job.ranks == 1 else [])]
 
+    def asked(self, job: Job) -> Row:
+        """What the command line says of a run, which has to be the same for its row to count."""
+        options = self.options
+        return {"changes": self.changes(job), "data": options.data, "steps": options.steps, "skip": options.skip,
+                "speed_only": options.speed_only, "engine": self.config(job).train.engine}
+
     def config(self, job: Job) -> RunConfig:
         """The settings of a run."""
         return RunConfig.from_toml(self.configs[job.model], changes={
             **parse_changes(self.changes(job)), "train.attention": job.attention})
+
+    def differences(self, job: Job) -> list[str]:
+        """What was asked when this run's row was made, where it is not what is asked now; none without a row."""
+        if job not in self.rows:
+            return []
+        then = self.rows[job].get("asked", {})
+        return [f"{name} was {then.get(name)} and is now {value}" for name, value in self.asked(job).items()
+                if then.get(name) != value]
 
     def train(self, job: Job, slot: Slot, stop: Event) -> None:
         """A run of launch.train."""
@@ -123,6 +143,7 @@ class Sweep:
         command = ["launch.train", "--config", str(self.configs[job.model]), "--out", str(options.out),
                    "--name", job.name, "--attention", job.attention, "--steps", str(options.steps),
                    "--device", options.device, "--wandb", options.wandb,
+                   *(["--fresh"] if self.differences(job) else []),
                    *(["--data", options.data] if options.data else []), "--set", *self.changes(job)]
         log = folder / "log.txt"
         status = run(_torchrun(job.ranks, command), log, options.limit, slot, stop)
@@ -167,14 +188,18 @@ def sweep(options: argparse.Namespace, rows: dict[Job, Row]) -> dict[Job, Row]:
     """Run what is not there yet, and with --retry what failed. Returns all rows."""
     if not 0 <= options.skip < options.steps:
         raise ValueError(f"--skip {options.skip} leaves none of the {options.steps} steps; take more --steps")
-    if options.speed_only and (options.data or options.keep or options.wandb != "off"):
-        raise ValueError("--speed-only reads random tokens and leaves nothing but rows: leave --data, --keep and "
-                         "--wandb out")
+    if options.speed_only and (options.data or options.keep):
+        raise ValueError("--speed-only reads random tokens and leaves nothing but rows: leave --data and --keep out")
     if options.side_by_side < 1:
         raise ValueError(f"--side-by-side {options.side_by_side}: must be at least 1")
     whole = Sweep(options, rows, _configs(options.config))
     jobs = _jobs(options, whole.configs)
-    todo = [job for job in jobs if job not in rows or (options.retry and "failed" in rows[job])]
+    other = {job: found for job in jobs if (found := whole.differences(job))}
+    if other and not options.retry:
+        job, found = next(iter(other.items()))
+        raise ValueError(f"{options.out / ROWS} has {len(other)} of these runs with other settings ({job.name}: "
+                         f"{', '.join(found)}); take another --out, or --retry to run them again")
+    todo = [job for job in jobs if job not in rows or (options.retry and (job in other or "failed" in rows[job]))]
     print(f"{len(todo)} of {len(jobs)} runs to do", file=sys.stderr, flush=True)
     for ranks in dict.fromkeys(job.ranks for job in todo):
         places = slots(whole.device, ranks, options.side_by_side)
@@ -251,7 +276,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--limit", type=float, default=3600.0, metavar="SECONDS", help="for one run "
                         "(default: %(default)s)")
-    parser.add_argument("--retry", action="store_true", help="run again what has failed")
+    parser.add_argument("--retry", action="store_true", help="run again what has failed, or was run with "
+                        "other settings")
     parser.add_argument("--keep", action="store_true", help="keep models and checkpoints of finished runs")
     parser.add_argument("--speed-only", action="store_true", help="time steps over random tokens, with no loss, "
                         "checkpoint or model; runs on as many ranks share the start of their processes")
@@ -260,7 +286,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", action="store_true", help="run nothing, only write the report")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the report there, with its plots and rows "
                         "beside it (default: OUT/report.md)")
-    parser.add_argument("--wandb", choices=("off", "offline", "online"), default="off", help="of every run")
+    parser.add_argument("--wandb", choices=("off", "offline", "online"), default="off",
+                        help="log the report's table and plots to Weights & Biases, and without --speed-only the "
+                        "curves of every run (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"), help="(default: %(default)s)")
     return parser
 

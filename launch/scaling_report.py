@@ -52,8 +52,27 @@ def about(rows: Sequence[Row]) -> str:
             + (f" Up to {together} runs stood side by side on one node, on GPUs of their own." if together > 1 else ""))
 
 
+def log_report(wandb: Any, rows: Sequence[Row], page: Path, folder: Path, mode: str) -> None:
+    """The table and the plots of a page that `write_report` wrote, as a run of wandb, which keeps its files in folder.
+
+    Args:
+        wandb: the module; mode: "offline" or "online".
+    """
+    good = [row for row in rows if "failed" not in row]
+    head, lines = _main_cells(sorted(good, key=_place))
+    with wandb.init(project="muse_dist", name=page.stem, mode=mode, dir=str(folder), job_type="scaling") as run:
+        run.log({"runs": wandb.Table(columns=head, data=lines), **{
+            name: wandb.Image(str(page.with_name(f"{page.stem}-{name}.png"))) for name, make in PLOTS.items()
+            if make(good)[0]}})
+
+
 def main_table(rows: Sequence[Row]) -> str:
     """All runs."""
+    return _markdown(*_main_cells(rows))
+
+
+def _main_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table of all runs."""
     lines = []
     for row in rows:
         use, memory = row.get("flop_utilisation"), row["memory_bytes"]
@@ -61,8 +80,8 @@ def main_table(rows: Sequence[Row]) -> str:
                       f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_second'] / row['ranks']:,.0f}",
                       "-" if use is None else f"{use:.1%}", f"{memory / 2**30:.2f}",
                       f"{row['received_bytes'] / 2**20:,.1f}", f"{row['losses'][-1]:.3f}" if row["losses"] else "-"])
-    return _markdown(["model", "context", "ranks", "attention", "step s", "tokens/s", "a rank", "MFU", "GiB a rank",
-                      "MiB received", "last loss"], lines)
+    return ["model", "context", "ranks", "attention", "step s", "tokens/s", "a rank", "MFU", "GiB a rank",
+            "MiB received", "last loss"], lines
 
 
 def strong(row: Row) -> tuple[Any, ...]:

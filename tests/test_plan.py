@@ -6,8 +6,9 @@ import pytest
 
 from launch import plan
 from launch.config import RunConfig
-from launch.plan_machine import Machine
+from launch.plan_machine import Machine, known_gpu
 from launch.plan_rates import assumed_rates
+from launch.plan_rows import read_rows
 from launch.plan_step import known_terms, layer_traffic, other_work, overtakes, predict, setup_of
 from muse_dist import traffic
 from tests.plan_rows import H200, made_rows, write_rows
@@ -26,6 +27,15 @@ def test_exchange_time_follows_the_slowest_link():
     assert machine.ring_seconds(3e9, 4) == pytest.approx(0.03)
     assert machine.ring_seconds(3e9, 8) == pytest.approx(0.3)
     assert replace(machine, start=1e-3).ring_seconds(0, 2, 5) == pytest.approx(5e-3)
+
+
+def test_gpus_are_told_apart_by_whole_words(tmp_path):
+    assert known_gpu("NVIDIA H200") == known_gpu("NVIDIA H200 NVL") == "H200"
+    assert known_gpu("NVIDIA A100-SXM4-80GB") == "A100"
+    assert known_gpu("NVIDIA GH200 480GB") is None and known_gpu("NVIDIA GB200") is None
+    rows = made_rows(lambda: 1.0)
+    path = write_rows(tmp_path / "rows.jsonl", [{**row, "device": "NVIDIA GH200 480GB"} for row in rows])
+    assert len(read_rows([path], "H200")) == 0
 
 
 def test_traffic_is_that_of_the_layer():

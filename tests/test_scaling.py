@@ -1,4 +1,5 @@
 """A small sweep on the CPU: rows, failures, going on, and the report; and the report of rows that are made up."""
+import contextlib
 import json
 import os
 import signal
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +106,57 @@ def test_an_interrupted_sweep_ends_its_run_and_goes_on_inside_it(arguments, tmp_
     row, = rows_in(out)
     assert row["steps"] == behind + 3
     assert f"going on after step {behind}" in (out / "small-128-1-exact" / "log.txt").read_text()
+
+
+def test_rows_of_other_settings_are_refused_or_measured_again(arguments, tmp_path, capsys):
+    sweep = [*arguments, "--attention", "exact", "--speed-only"]
+    assert scaling.main(sweep) == 0
+    first, = rows_in(tmp_path / "out")
+    assert first["asked"] == {"changes": ["data.context=128", "train.shard=false"], "data": None, "steps": 5, "skip": 1,
+                              "speed_only": True, "engine": "torch"}
+    for more, what in ((["--set", "train.batch=1"], "changes was"), (["--steps", "6"], "steps was 5 and is now 6"),
+                       (["--skip", "2"], "skip was 1 and is now 2")):
+        with pytest.raises(SystemExit):
+            scaling.main([*sweep, *more])
+        said = capsys.readouterr().err
+        assert f"has 1 of these runs with other settings (small-128-1-exact: {what}" in said
+        assert "take another --out, or --retry to run them again" in said
+    assert rows_in(tmp_path / "out") == [first]
+    assert scaling.main([*sweep, "--set", "train.batch=1", "--retry"]) == 0
+    assert [row["tokens"] for row in rows_in(tmp_path / "out")] == [256, 128]
+    assert scaling.main([*arguments, "--attention", "exact", "--retry"]) == 0
+    assert scaling.main([*arguments, "--attention", "exact", "--steps", "3", "--retry"]) == 0
+    assert [len(row["losses"]) for row in rows_in(tmp_path / "out")] == [0, 0, 5, 3], "a trained run starts afresh"
+
+
+def test_a_run_of_wandb_gets_the_table_and_the_plots(tmp_path, monkeypatch):
+    logged = {}
+
+    class Wandb:
+        @contextlib.contextmanager
+        def init(self, **options):
+            logged.update(options)
+            yield SimpleNamespace(log=logged.update)
+
+        def Table(self, columns, data):
+            return [dict(zip(columns, line, strict=True)) for line in data]
+
+        def Image(self, path):
+            return Path(path).read_bytes()[1:4]
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    for row in (made(), made(ranks=2, speed=180.0)):
+        with (tmp_path / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    assert scaling.main(["--report", "--out", str(tmp_path), "--wandb", "offline"]) == 0
+    assert [row["tokens/s"] for row in logged["runs"]] == ["100", "180"] and logged["mode"] == "offline"
+    assert [name for name, value in logged.items() if value == b"PNG"] == ["strong", "speed", "loss"]
+
+
+def test_a_report_of_nothing_leaves_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        scaling.main(["--report", "--out", str(tmp_path / "none")])
+    assert "has no rows; start without --report" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_a_run_that_takes_too_long_is_a_row_that_says_so(arguments, tmp_path):
@@ -224,7 +277,7 @@ def test_reason_is_the_line_that_says_it(log, wanted):
     ([], "--config: give at least one"), (["--report"], "has no rows; start without --report"),
     (["--config", "configs/tiny.toml", "configs/../configs/tiny.toml"], "two files have the same name"),
     (["--config", "missing.toml"], "missing.toml"), (["--steps", "3"], "--skip 3 leaves none of the 3 steps"),
-    (["--speed-only", "--keep"], "leaves nothing but rows: leave --data, --keep and --wandb out"),
+    (["--speed-only", "--keep"], "leaves nothing but rows: leave --data and --keep out"),
     (["--side-by-side", "0"], "--side-by-side 0: must be at least 1")])
 def test_command_names_what_cannot_be(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
