@@ -36,22 +36,14 @@ class DeepSpeedEngine(TorchEngine):
     def __init__(
         self, config: RunConfig, ranks: Ranks, vocabulary: int, counter: ByteCounter | None = None
     ) -> None:
-        if ranks.gradients is None:
-            raise ValueError("train.engine='deepspeed' splits the optimizer over ranks, and there is one; start it "
-                             "with torchrun, or take 'torch'")
-        try:
-            import deepspeed
-        except ImportError as error:
-            raise ValueError("train.engine='deepspeed': DeepSpeed is not installed; pip install "
-                             "'muse_dist[deepspeed]', or take 'torch'") from error
+        check_ranks(ranks)
+        assert ranks.gradients is not None
+        import deepspeed
+
         from muse_dist.deepspeed_ranks import join_processes
 
-        kind = deepspeed.get_accelerator().device_name()
-        if kind != ranks.device.type:
-            raise ValueError(f"train.engine='deepspeed' computes on {kind} here, and the run is on "
-                             f"{ranks.device.type}; set DS_ACCELERATOR={ranks.device.type}, or take another --device")
         self._build(config, ranks, vocabulary, counter)
-        self.mesh = DeviceMesh.from_group(ranks.gradients, kind)
+        self.mesh = DeviceMesh.from_group(ranks.gradients, ranks.device.type)
         self.module: Any  # DeepSpeed's engine
         self.module, self.zero, *_ = deepspeed.initialize(
             model=LossModel(self.model), optimizer=make_optimizer(self.model, config.train),
@@ -193,6 +185,22 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def check_ranks(ranks: Ranks) -> None:
+    """Raise ValueError if DeepSpeed cannot train on these ranks: one alone, another device, or not installed."""
+    if ranks.gradients is None:
+        raise ValueError("train.engine='deepspeed' splits the optimizer over ranks, and there is one; start it with "
+                         "torchrun, or take 'torch'")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError("train.engine='deepspeed': DeepSpeed is not installed; pip install 'muse_dist[deepspeed]', "
+                         "or take 'torch'") from error
+    kind = deepspeed.get_accelerator().device_name()
+    if kind != ranks.device.type:
+        raise ValueError(f"train.engine='deepspeed' computes on {kind} here, and the run is on {ranks.device.type}; "
+                         f"set DS_ACCELERATOR={ranks.device.type}, or take another --device")
 
 
 def deepspeed_settings(config: RunConfig, ranks: Ranks) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def examine(config: RunConfig, ranks: Ranks, options: argparse.Namespace) -> lis
         lambda: check_host(ranks), lambda: check_settings(config, ranks), lambda: check_data(config)]
     found = [finding for check in alone for finding in _guarded(check)]
     together: list[Callable[[], list[Finding]]] = [
-        lambda: check_versions(ranks), lambda: check_devices(ranks), lambda: check_sums(ranks),
+        lambda: check_versions(ranks, config.train.engine), lambda: check_devices(ranks), lambda: check_sums(ranks),
         lambda: check_links(ranks, options.intra, options.inter), lambda: check_clocks(ranks),
         lambda: check_disk(config, folder, ranks, options.megabytes),
         lambda: check_prediction(config, ranks, options.per_node)]

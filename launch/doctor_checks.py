@@ -17,6 +17,7 @@ import torch
 
 from launch.config import RunConfig
 from launch.corpus import load_corpus
+from launch.engine import check_engine
 from launch.flops import peak_flops
 from launch.plan import calibrated
 from launch.plan_machine import known_gpu, known_machine
@@ -27,6 +28,9 @@ from launch.ranks import Ranks
 from muse_dist.backend import backend_for
 from muse_dist.layout import Layout
 
+# What else decides what an engine computes; Megatron takes kernels of the last two where they are installed.
+ENGINE_PACKAGES = {"torch": (), "deepspeed": ("deepspeed",),
+                   "megatron": ("megatron-core", "transformer-engine", "apex")}
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton")
 LEAST_TORCH = (2, 6)
 LEAST_FILES = 4096  # that a process may have open: sockets to other ranks are files
@@ -111,6 +115,11 @@ def check_settings(config: RunConfig, ranks: Ranks) -> list[Finding]:
                              f"take train.batch={-(-train.batch // sets) * sets}"))
     if size > 1:
         found += _check_split(config, size)
+    try:
+        check_engine(train.engine, ranks)
+    except ValueError as error:
+        text, _, mend = str(error).partition("; ")
+        found.append(problem("settings", text, mend))
     if train.shard and ranks.world == 1:
         found.append(problem("settings", "train.shard=true with one rank", "start it with torchrun, or turn it off"))
     if train.attention == "muse" and config.data.context <= config.near_reach:
@@ -155,9 +164,10 @@ def check_data(config: RunConfig) -> list[Finding]:
 # -------------------------------------------------------------------------------------------------- all ranks together
 
 
-def check_versions(ranks: Ranks) -> list[Finding]:
-    """Python and packages, and whether all ranks have the same."""
-    mine = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES},
+def check_versions(ranks: Ranks, engine: str = "torch") -> list[Finding]:
+    """Python and packages, those of `train.engine` too, and whether all ranks have the same."""
+    packages = (*PACKAGES, *ENGINE_PACKAGES[engine])
+    mine = {"python": platform.python_version(), **{name: _version(name) for name in packages},
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if ranks.device.type == "cuda" else "none"}
     return compare_versions(ranks.collect(mine))
 
@@ -272,7 +282,7 @@ def predicted(config: RunConfig, gpu: str, world: int, per_node: int, there: int
     machine = known_machine(gpu, per_node, 50e9)
     results = Path(__file__).parent / "results"
     rows = read_rows([results] if results.is_dir() else [], gpu)
-    machine, rates = calibrated(machine, rows, config.model.width // config.model.heads)
+    machine, rates = calibrated(machine, rows, config.model.width // config.model.heads, config.train.engine)
     try:
         step = predict(setup_of(config, world, exact=config.train.attention == "exact"), machine, rates)
     except ValueError as error:

@@ -74,6 +74,17 @@ def make_engine(config: RunConfig, ranks: Ranks, vocabulary: int, counter: ByteC
     return DeepSpeedEngine(config, ranks, vocabulary, counter)
 
 
+def check_engine(name: str, ranks: Ranks) -> None:
+    """Raise ValueError if `train.engine` = `name` cannot run on these ranks: one alone, their device, a package."""
+    if name == "megatron":
+        from launch.megatron_engine import check_ranks
+    elif name == "deepspeed":
+        from launch.deepspeed_engine import check_ranks
+    else:
+        return
+    check_ranks(ranks)
+
+
 class TorchEngine(Engine):
     """PyTorch's own: DistributedDataParallel, or FSDP2 with `train.shard`.
 

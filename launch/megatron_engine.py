@@ -41,9 +41,8 @@ class MegatronEngine(TorchEngine):
     def __init__(
         self, config: RunConfig, ranks: Ranks, vocabulary: int, counter: ByteCounter | None = None
     ) -> None:
-        if ranks.gradients is None:
-            raise ValueError("train.engine='megatron' splits the optimizer over ranks, and there is one; start it "
-                             "with torchrun, or take 'torch'")
+        check_ranks(ranks)
+        assert ranks.gradients is not None
         dtype = compute_dtype(ranks.device)
         self._share(config, ranks)
         _initialize(ranks, config.train)
@@ -192,6 +191,19 @@ class MegatronEngine(TorchEngine):
             kept[kind].data.copy_(whole.flatten()[place])
 
 
+def check_ranks(ranks: Ranks) -> None:
+    """Raise ValueError if Megatron cannot train on these ranks: one alone, no GPUs, or not installed."""
+    if ranks.gradients is None:
+        raise ValueError("train.engine='megatron' splits the optimizer over ranks, and there is one; start it with "
+                         "torchrun, or take 'torch'")
+    compute_dtype(ranks.device)
+    try:
+        import megatron.core  # noqa: F401
+    except ImportError as error:
+        raise ValueError("train.engine='megatron': megatron-core is not installed; pip install 'muse_dist[megatron]', "
+                         "or take 'torch'") from error
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """What Megatron computes in: bf16. ValueError for a device other than a GPU, which it asks for everywhere."""
     if device.type != "cuda":
@@ -202,11 +214,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def _initialize(ranks: Ranks, settings: TrainConfig) -> None:
     """Megatron's own groups, of the same ranks as those of `ranks`: neighbours share sequences."""
-    try:
-        from megatron.core import parallel_state, tensor_parallel
-    except ImportError as error:
-        raise ValueError("train.engine='megatron': megatron-core is not installed; pip install "
-                         "'muse_dist[megatron]', or take 'torch'") from error
+    from megatron.core import parallel_state, tensor_parallel
+
     parallel_state.destroy_model_parallel()  # of an engine before this one
     parallel_state.initialize_model_parallel(
         context_parallel_size=ranks.size, distributed_timeout_minutes=-(-(settings.timeout + 60) // 60),

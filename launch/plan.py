@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = read_rows(options.rows if options.rows is not None else _results(), options.gpu)
         dim = config.model.width // config.model.heads
         print(calibration_text(machine, rows, dim))
-        machine, rates = calibrated(machine, rows, dim)
+        machine, rates = calibrated(machine, rows, dim, config.train.engine)
         for context in options.context or [config.data.context]:
             found = plan(config, machine, rates, options.nodes, context, options.context_parallel)
             print(table(config, found, context, machine))
@@ -64,14 +64,14 @@ def _results() -> list[Path]:
     return [RESULTS] if RESULTS.is_dir() else []
 
 
-def calibrated(machine: Machine, rows: Rows, dim: int) -> tuple[Machine, Rates]:
-    """Machine and rates with everything that was measured."""
+def calibrated(machine: Machine, rows: Rows, dim: int, engine: str = "torch") -> tuple[Machine, Rates]:
+    """Machine and rates with everything that was measured; of the steps, those of one engine as `fit_steps` chooses."""
     machine, rates = fit_rates(machine, rows, dim)
-    return machine, fit_steps(machine, rates, rows.steps)
+    return machine, fit_steps(machine, rates, rows.steps, engine)
 
 
 def held_out_errors(machine: Machine, rows: Rows) -> dict[str, np.ndarray]:
-    """Relative errors of rows that the fit has not seen: "layers", and "steps" of launch.train or "deepspeed steps"."""
+    """Relative errors of rows that the fit has not seen: "layers", "steps" of PyTorch and "deepspeed steps"."""
     kept, held = split_rows(rows)
     errors: dict[str, list[float]] = {}
     for dim in sorted({layer.case.dim for layer in held.layers}):
@@ -81,7 +81,7 @@ def held_out_errors(machine: Machine, rows: Rows) -> dict[str, np.ndarray]:
         same = replace(kept, steps=[step for step in kept.steps if step.engine == engine])
         steps = [step for step in held.steps if step.engine == engine]
         for dim in sorted({step.setup.shape.dim for step in steps}):
-            there, rates = calibrated(machine, same, dim)
+            there, rates = calibrated(machine, same, dim, engine)
             errors.setdefault(kind, []).extend(predict(step.setup, there, rates).seconds / step.seconds - 1
                                                for step in steps if step.setup.shape.dim == dim)
     return {kind: np.array(found) for kind, found in errors.items()}

@@ -16,13 +16,14 @@ FACTOR_WEIGHT = 1e-4  # of a factor's squared logarithm against a row's squared 
 ROUNDS = 2
 
 
-def fit_steps(machine: Machine, rates: Rates, steps: Sequence[Step]) -> Rates:
-    """Rates fitted to launch.train's steps, or to DeepSpeed's where there are no others.
+def fit_steps(machine: Machine, rates: Rates, steps: Sequence[Step], engine: str = "torch") -> Rates:
+    """Rates fitted to the steps of one engine: `engine`, or where there are none PyTorch's, or DeepSpeed's.
 
     How fast the GPU is follows by least squares, how fast the host is by search: it counts only where it is the slower
     of the two. The time to start MuSe's kernels is looked for too where no measured layer was so short that it shows.
     """
-    steps = [step for step in steps if step.engine == "torch"] or list(steps)
+    measured = [[step for step in steps if step.engine == name] for name in (engine, "torch", "deepspeed")]
+    steps = next(filter(None, measured), [])
     if not steps:
         return rates
     starts = {attention_work(step.setup.case).start for step in steps} - {"start exact"}

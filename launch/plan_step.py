@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from launch.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from launch.config import DataConfig, DeepSpeedConfig, ModelConfig, RunConfig, TrainConfig
 from launch.plan_attention import Case, attention_work
 from launch.plan_machine import Machine
 from launch.plan_model import OPTIMIZER_BYTES, Memory, Shape, memory
@@ -66,14 +66,33 @@ class Setup:
 
 def setup_of(config: RunConfig, world: int, *, exact: bool, context: int | None = None, cp: int | None = None,
              batch: int | None = None) -> Setup:
-    """The step that `launch.train` does with these settings on `world` GPUs; ValueError if it cannot."""
-    train = config.train
+    """The step that `launch.train` does with these settings on `world` GPUs.
+
+    Raises:
+        ValueError: it cannot, or its engine is not planned.
+    """
+    train, sharded = config.train, is_sharded(config)
     size = cp or train.context_parallel or world
     batch = batch or train.batch
     mine = max(batch // max(world // size, 1), 1)
     return Setup(Shape.of(config.model), config.muse, exact, context or config.data.context, batch,
-                 min(train.micro_batch or mine, mine), world, size, train.shard and world > 1, train.recompute,
+                 min(train.micro_batch or mine, mine), world, size, sharded and world > 1, train.recompute,
                  config.layout)
+
+
+def is_planned(engine: str, stage: int | None) -> bool:
+    """Whether there is a plan for `train.engine` with `deepspeed.stage`: all of a model's state is split, or none."""
+    return engine == "torch" or (engine == "deepspeed" and stage == 3)
+
+
+def is_sharded(config: RunConfig) -> bool:
+    """Whether the engine splits weights, gradients and optimizer over all GPUs; ValueError if it is not planned."""
+    engine = config.train.engine
+    if is_planned(engine, config.deepspeed.stage):
+        return config.train.shard or engine == "deepspeed"
+    stage = f" with deepspeed.stage={config.deepspeed.stage}" if engine == "deepspeed" else ""
+    raise ValueError(f"train.engine={engine!r}{stage} is not planned: it splits the optimizer and not the weights. "
+                     "Plan train.engine='torch', or 'deepspeed' with deepspeed.stage=3")
 
 
 @dataclass(frozen=True)
@@ -87,11 +106,12 @@ class Step:
 
 
 def scaling_step(row: Mapping[str, Any]) -> Step:
-    """The step that a row of launch.scaling measured."""
+    """The step that a row of launch.scaling measured; ValueError if its engine is not planned."""
     settings = row["config"]
     config = RunConfig("row", model=ModelConfig(**{**settings["model"], "vocabulary": row["vocabulary"]}),
                        train=TrainConfig(**settings["train"]), data=DataConfig(**settings["data"]),
-                       muse=MuseConfig(**settings["muse"]))
+                       muse=MuseConfig(**settings["muse"]),
+                       deepspeed=DeepSpeedConfig(**settings.get("deepspeed", {})))
     setup = setup_of(config, row["ranks"], exact=row["attention"] == "exact")
     return Step(setup, row["seconds"], row["memory_bytes"], config.train.engine)
 

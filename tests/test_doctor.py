@@ -14,8 +14,8 @@ import torch.distributed as dist
 from launch import doctor
 from launch.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from launch.doctor_checks import (
-    Finding, check_brakes, check_data, check_disk, check_settings, check_shared, compare_versions, judge_disk, ok,
-    predicted,
+    Finding, check_brakes, check_data, check_disk, check_settings, check_shared, check_versions, compare_versions,
+    judge_disk, ok, predicted,
 )
 from launch.doctor_links import (
     DeviceState, Link, check_clocks, check_links, check_sums, judge_clocks, judge_devices, judge_links, rounds,
@@ -29,6 +29,7 @@ MUSE = MuseConfig(block=64, leaf=16, group=16, anchors=2, remote_leaf=16, opened
 CONFIG = RunConfig("run", model=ModelConfig(vocabulary=300), train=TrainConfig(steps=10),
                    data=DataConfig(context=1024), muse=MUSE)
 ONE = Ranks(0, 1, torch.device("cpu"), "zigzag")
+TWO = replace(ONE, size=2, gradients=object())
 HOSTS = ["a", "a", "b", "b"]
 
 
@@ -55,6 +56,25 @@ def test_settings(config, ranks, level, words):
     assert level in levels(found)
     assert level == "ok" or any(words in finding.text and finding.mend for finding in found)
     assert level == "problem" or "problem" not in levels(found)
+
+
+@pytest.mark.parametrize("engine, ranks, words, mend", [
+    ("deepspeed", ONE, "there is one", "start it with torchrun"), ("megatron", ONE, "there is one", "torchrun"),
+    ("megatron", TWO, "trains on GPUs only, and the run is on cpu", "take --device cuda"),
+    ("deepspeed", replace(TWO, device=torch.device("cuda")), "computes on cpu here, and the run is on cuda",
+     "set DS_ACCELERATOR=cuda")])
+def test_an_engine_that_cannot_run_here_is_a_problem(engine, ranks, words, mend, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    found = check_settings(changed("train", engine=engine, attention="exact"), ranks)
+    assert any(one.level == "problem" and words in one.text and mend in one.mend for one in found)
+
+
+def test_a_missing_package_of_the_engine_is_a_problem(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    found = check_settings(changed("train", engine="deepspeed"), TWO)
+    assert any("DeepSpeed is not installed" in one.text and "pip install" in one.mend for one in found)
+    versions, = check_versions(ONE, "deepspeed")
+    assert "deepspeed " in versions.text and "deepspeed" not in check_versions(ONE)[0].text
 
 
 def test_data_that_is_missing_too_small_or_of_other_tokens(tmp_path):

@@ -38,6 +38,15 @@ def test_gpus_are_told_apart_by_whole_words(tmp_path):
     assert len(read_rows([path], "H200")) == 0
 
 
+def test_an_engine_is_planned_as_it_splits_the_model_or_not_at_all():
+    zero = {"train.shard": False, "train.engine": "deepspeed", "deepspeed.stage": 3}
+    assert large(**zero)(4) == large()(4), "the file shards with PyTorch"
+    assert not large(**{"train.shard": False})(4).sharded and not large(**zero)(1).sharded
+    for engine, stage in (("deepspeed", 2), ("megatron", 2)):
+        with pytest.raises(ValueError, match=f"train.engine='{engine}'.* is not planned: .*deepspeed.stage=3"):
+            large(**{**zero, "train.engine": engine, "deepspeed.stage": stage})(4)
+
+
 def test_traffic_is_that_of_the_layer():
     setup = large()(4)
     found = traffic(setup.muse, (1, 32, 8, 65536, 64), 4)

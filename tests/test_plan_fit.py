@@ -10,7 +10,7 @@ from launch.plan_attention import Case
 from launch.plan_fit import fit_steps
 from launch.plan_machine import GPUS, Machine, known_machine
 from launch.plan_rates import assumed_rates, fit, fit_with_starts, layer_seconds
-from launch.plan_rows import Exchange, fit_links, fit_rates, read_rows, split_rows
+from launch.plan_rows import Exchange, Rows, fit_links, fit_rates, read_rows, split_rows
 from launch.plan_step import predict
 from muse_dist import MuseConfig
 from tests.plan_rows import H200, layer_row, made_rows, sweep_rows, true_rates, write_rows
@@ -57,6 +57,22 @@ def test_steps_of_deepspeed_have_a_fit_of_their_own(tmp_path):
         assert predict(step.setup, H200, rates).seconds == pytest.approx(step.seconds, rel=0.02)
     mixed = [*timed, replace(timed[0], engine="torch")]
     assert fit_steps(H200, assumed_rates(H200), mixed).rows["steps"] == 1, "launch.train's own come first"
+    assert fit_steps(H200, assumed_rates(H200), mixed, "deepspeed").rows["steps"] == len(timed), "unless asked for"
+    assert fit_steps(H200, assumed_rates(H200), [replace(timed[0], engine="other")]) == assumed_rates(H200)
+    errors = plan.held_out_errors(H200, Rows([], [], [], [*timed, replace(timed[0], engine="torch")]))
+    assert errors.keys() == {"deepspeed steps"} and np.abs(errors["deepspeed steps"]).max() < 0.02
+
+
+def test_rows_of_engines_that_are_not_planned_are_left_out(tmp_path):
+    row = made_rows(lambda: 1.0)[-1]
+
+    def of(engine, stage):
+        config = {**row["config"], "train": {**row["config"]["train"], "engine": engine}, "deepspeed": {"stage": stage}}
+        return {**row, "config": config}
+
+    path = write_rows(tmp_path / "rows.jsonl", [of("torch", 2), of("megatron", 2), of("deepspeed", 1),
+                                                of("deepspeed", 3)])
+    assert sorted(step.engine for step in read_rows([path], "H200").steps) == ["deepspeed", "torch"]
 
 
 def test_graphs_count_only_where_there_is_nothing_else(tmp_path):
