@@ -66,11 +66,14 @@ def write_pattern(folder):
 
 
 class Launcher:
-    """A context manager; leaving it kills what is left."""
+    """A context manager; leaving it kills what is left. Runs of another engine than PyTorch's start faster with it."""
+
+    def __init__(self, engine="torch"):
+        self._engine = engine
 
     def __enter__(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self._server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        self._server = subprocess.Popen([sys.executable, __file__, self._engine], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, cwd=ROOT, env=environment)
         return self
 
@@ -134,10 +137,72 @@ class Run:
         return "\n".join(path.read_text() for path in self.outputs)
 
 
-def serve():
+class Case:
+    """One run's folder, and the ways to start it."""
+
+    def __init__(self, launcher, data, folder, steps=12):
+        self.launcher, self.folder, self.run_folder = launcher, folder, folder / "run"
+        (folder / "run.toml").write_text(small_run(steps, data))
+
+    def start(self, ranks=2, *more, **options):
+        arguments = ["--config", self.folder / "run.toml", "--out", self.folder, "--device", "cpu", *more]
+        return self.launcher.start(arguments, ranks, self.folder, **options)
+
+    def finish(self, ranks=2, *more, **options):
+        run = self.start(ranks, *more, **options)
+        assert run.wait() == [0] * ranks, run.output()
+        return run.output()
+
+    def rows(self):
+        path = self.run_folder / "metrics.jsonl"
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:  # being written
+                break
+        return rows
+
+    def checkpoints(self):
+        return sorted((self.run_folder / "checkpoints").glob("step-*"))
+
+    def weights(self):
+        from safetensors import safe_open
+
+        with safe_open(self.run_folder / "model" / "model.safetensors", "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def wait_for_steps(self, run, steps):
+        """Until so many more steps are logged, or the run ends."""
+        start, deadline = len(self.rows()), time.monotonic() + 120
+        while len(self.rows()) < start + steps and None in run.poll() and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+
+def assert_same(case, other):
+    """Every step once, with the same loss to the last bit, and the same weights at the end."""
+    rows, wanted = case.rows(), other.rows()
+    assert [row["step"] for row in rows] == list(range(1, len(wanted) + 1))
+    assert [row["first_sequence"] for row in rows] == [2 * i for i in range(len(wanted))]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in wanted]
+    weights, expected = case.weights(), other.weights()
+    assert all(weights[name].equal(expected[name]) for name in expected)
+
+
+def serve(engine):
     from launch import train  # what takes long, once
     from matplotlib.figure import Figure  # noqa: F401
     from torch.distributed import checkpoint  # noqa: F401
+
+    main = train.main
+    if engine == "deepspeed":
+        import deepspeed  # noqa: F401
+    elif engine == "megatron":
+        from tests.test_train_megatron import megatron_on_cpu
+
+        def main(arguments):
+            with megatron_on_cpu():
+                return train.main(arguments)
 
     children = set()
     for line in sys.stdin:
@@ -149,7 +214,7 @@ def serve():
         else:
             answer = os.fork()
             if not answer:
-                run(train.main, request)
+                run(main, request)
             children.add(answer)
         print(json.dumps(answer), flush=True)
     for pid in children:
@@ -179,4 +244,4 @@ def run(main, request):
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

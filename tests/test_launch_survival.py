@@ -7,9 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 
-from tests.launched import Launcher, small_run, write_pattern
+from tests.launched import Case, Launcher, assert_same, write_pattern
 
 
 @pytest.fixture(scope="module")
@@ -25,46 +24,6 @@ def data(tmp_path_factory):
     return folder
 
 
-class Case:
-    """One run's folder, and the ways to start it."""
-
-    def __init__(self, launcher, data, folder, steps=12):
-        self.launcher, self.folder, self.run_folder = launcher, folder, folder / "run"
-        (folder / "run.toml").write_text(small_run(steps, data))
-
-    def start(self, ranks=2, *more, **options):
-        arguments = ["--config", self.folder / "run.toml", "--out", self.folder, "--device", "cpu", *more]
-        return self.launcher.start(arguments, ranks, self.folder, **options)
-
-    def finish(self, ranks=2, *more, **options):
-        run = self.start(ranks, *more, **options)
-        assert run.wait() == [0] * ranks, run.output()
-        return run.output()
-
-    def rows(self):
-        path = self.run_folder / "metrics.jsonl"
-        rows = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # being written
-                break
-        return rows
-
-    def checkpoints(self):
-        return sorted((self.run_folder / "checkpoints").glob("step-*"))
-
-    def weights(self):
-        with safe_open(self.run_folder / "model" / "model.safetensors", "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-    def wait_for_steps(self, run, steps):
-        """Until so many more steps are logged, or the run ends."""
-        start, deadline = len(self.rows()), time.monotonic() + 120
-        while len(self.rows()) < start + steps and None in run.poll() and time.monotonic() < deadline:
-            time.sleep(0.005)
-
-
 @pytest.fixture
 def case(launcher, data, tmp_path):
     return Case(launcher, data, tmp_path)
@@ -76,16 +35,6 @@ def undisturbed(launcher, data, tmp_path_factory):
     case = Case(launcher, data, tmp_path_factory.mktemp("undisturbed"))
     case.finish()
     return case
-
-
-def assert_same(case, other):
-    """Every step once, with the same loss to the last bit, and the same weights at the end."""
-    rows, wanted = case.rows(), other.rows()
-    assert [row["step"] for row in rows] == list(range(1, len(wanted) + 1))
-    assert [row["first_sequence"] for row in rows] == [2 * i for i in range(len(wanted))]
-    assert [row["loss"] for row in rows] == [row["loss"] for row in wanted]
-    weights, expected = case.weights(), other.weights()
-    assert all(weights[name].equal(expected[name]) for name in expected)
 
 
 @pytest.mark.timeout(600)
