@@ -73,8 +73,8 @@ class Launcher:
 
     def __enter__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-        self._server = subprocess.Popen([sys.executable, __file__, self._engine], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, cwd=ROOT, env=environment)
+        self._server = subprocess.Popen([sys.executable, __file__, self._engine], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
         return self
 
     def __exit__(self, *_):

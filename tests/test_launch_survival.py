@@ -1,5 +1,4 @@
 """Runs that are killed, told to stop, started on other ranks, or robbed of their disk, and go on as if nothing was."""
-import json
 import os
 import random
 import signal
@@ -8,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.launched import Case, Launcher, assert_same, write_pattern
+from tests.launched import Case, Launcher, assert_same, small_run, write_pattern
 
 
 @pytest.fixture(scope="module")
