@@ -20,6 +20,32 @@ import numpy as np
 from launch.indexed import write_index
 
 ROOT = Path(__file__).resolve().parents[1]
+# A run of four steps that probes its layer.
+PROBED_RUN = """
+[model]
+layers = 1
+width = 32
+heads = 2
+kv_heads = 1
+mlp = 64
+[train]
+steps = 4
+warmup = 1
+threads = 1
+[data]
+context = 256
+held_out_sequences = 2
+[log]
+probe_every = 2
+probe_layers = 1
+[muse]
+block = 32
+leaf = 8
+group = 16
+anchors = 2
+remote_leaf = 8
+opened = 2
+"""
 
 
 def small_run(steps, data, timeout=100):

@@ -20,7 +20,7 @@ from launch.monitor import Silent
 from launch.ranks import Ranks
 from launch.trainer import Trainer
 from muse_dist import MuseConfig
-from tests.launched import Launcher
+from tests.launched import PROBED_RUN, Launcher
 from tests.ranks import run_ranks
 
 pytest.importorskip("deepspeed")
@@ -120,33 +120,7 @@ def test_every_engine_computes_the_same_and_goes_on_with_any_checkpoint(tmp_path
             torch.testing.assert_close(model[key], value, rtol=1e-4, atol=1e-6)
 
 
-SMALL = """
-[model]
-layers = 1
-width = 32
-heads = 2
-kv_heads = 1
-mlp = 64
-[train]
-steps = 4
-warmup = 1
-threads = 1
-[deepspeed]
-stage = 3
-[data]
-context = 256
-held_out_sequences = 2
-[log]
-probe_every = 2
-probe_layers = 1
-[muse]
-block = 32
-leaf = 8
-group = 16
-anchors = 2
-remote_leaf = 8
-opened = 2
-"""
+SMALL = PROBED_RUN + "[deepspeed]\nstage = 3\n"
 
 
 def test_the_command_trains_goes_on_and_reports(tmp_path):

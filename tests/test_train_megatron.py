@@ -3,7 +3,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 from unittest import mock
@@ -24,6 +23,7 @@ from launch.ranks import Ranks
 from launch.train import main
 from launch.trainer import Trainer
 from muse_dist import ByteCounter, MuseConfig
+from tests.launched import PROBED_RUN
 from tests.megatron_cpu import cuda_as_cpu
 from tests.ranks import run_ranks
 
@@ -177,42 +177,16 @@ def test_megatron_computes_what_torch_does_and_either_goes_on_with_the_others_ch
             torch.testing.assert_close(models[name][key], value, rtol=1e-4, atol=1e-6)
 
 
-SMALL = """
-[model]
-layers = 1
-width = 32
-heads = 2
-kv_heads = 1
-mlp = 64
-[train]
-steps = 4
-warmup = 1
-threads = 1
-[data]
-context = 256
-held_out_sequences = 2
-[log]
-probe_every = 2
-probe_layers = 1
-[muse]
-block = 32
-leaf = 8
-group = 16
-anchors = 2
-remote_leaf = 8
-opened = 2
-"""
-
-
-def command(folder, ports):
+def command(folder, port):
     """`python -m launch.train` twice on this rank, as torchrun would start it. What it printed."""
     rank, printed = dist.get_rank(), []
     dist.destroy_process_group()
     arguments = ["--config", f"{folder}/small.toml", "--out", folder, "--device", "cpu", "--engine", "megatron"]
-    for port, more in zip(ports, (["--steps", "2"], [])):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
-        output = Path(folder, f"output-{rank}-{len(printed)}.txt")
+    for start, more in enumerate((["--steps", "2"], [])):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+                          TORCHELASTIC_RESTART_COUNT=str(start))
+        output = Path(folder, f"output-{rank}-{start}.txt")
         with megatron_on_cpu(), output.open("w") as text, contextlib.redirect_stdout(text), \
                 contextlib.redirect_stderr(text):
             assert main([*arguments, *more]) == 0
@@ -221,13 +195,10 @@ def command(folder, ports):
 
 
 def test_the_command_trains_goes_on_and_reports(tmp_path):
-    (tmp_path / "small.toml").write_text(SMALL)
-    with socket.socket() as one, socket.socket() as other:
-        ports = []
-        for free in (one, other):
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    (first, second), _ = run_ranks(2, command, str(tmp_path), ports)
+    (tmp_path / "small.toml").write_text(PROBED_RUN)
+    # A port looked for beforehand may be another's when the ranks come to it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    (first, second), _ = run_ranks(2, command, str(tmp_path), store.port)
     assert "going on after step 2" in second
     assert "deprecated" not in first + second and "not installed" not in first + second, first
     results = json.loads((tmp_path / "small" / "results.json").read_text())
