@@ -13,12 +13,12 @@ SMALL = (16 * 1024, 256)  # 99 KiB, GPUs for graphics; compiled for 8.6
 
 
 def power_of_two(size: int) -> int:
-    """The least power of two that is at least `size`. Triton's own costs microseconds a call."""
+    """The least power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own costs microseconds a call."""
+    """a / b, rounded up."""
     return -(-a // b)
 
 

@@ -177,7 +177,7 @@ def _moment_backward(q, anchor, bias, key, value, trace, k, v, valid, opened, us
         if TRACE:
             square = tl.load(squares + at * SIZE + row, mask=inside, other=0.0)
             logit += spread[:, None] * square[None, :]
-        # Rows that are not there give nothing, whatever their p: their gradients and deltas are 0.
+        # Rows that are not there give nothing: their gradients and deltas are 0, and their p at most a leaf's keys.
         p = tl.exp2(logit - tl.load(base + at * SIZE + row, mask=inside, other=0.0)[None, :])
         shared = tl.load(delta + at * SIZE + row, mask=inside, other=0.0)
         d_logit = p * (products(mean_value, rows_up) - shared[None, :])

@@ -80,7 +80,7 @@ def _backward(dout, q, k, v, valid, base, delta, slot, name, bounds, partial, dk
         logit = products(keys, rows) * (scale * LOG2E)
         if HAS_VALID:
             logit = tl.where(exists[:, None], logit, float("-inf"))
-        # Rows that are not there give nothing, whatever their p: their gradients and deltas are 0.
+        # Rows that are not there give nothing: their gradients and deltas are 0, and their p at most 1.
         p = tl.exp2(logit - tl.load(base + row, mask=ok, other=0.0)[None, :])
         shared = tl.load(delta + row, mask=ok, other=0.0)
         d_logit = p * (products(values, rows_up) - shared[None, :])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-# torch.profiler.record_function takes ten times the host's time, and a call has many stages.
+# torch.profiler.record_function dispatches an operator at both ends, and a call has many stages.
 from torch._C._profiler import _RecordFunctionFast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
