@@ -22,6 +22,7 @@ from launch.model import LossModel
 from launch.optimizer import allocate_state, make_optimizer, set_rate
 from launch.ranks import Ranks
 from muse_dist import ByteCounter
+from muse_dist.kernels.limits import ceil_div
 
 KEPT = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter, beside the number of its steps
 
@@ -209,7 +210,7 @@ def deepspeed_settings(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     mine = settings.batch // ranks.replicas
     return {
         "train_micro_batch_size_per_gpu": settings.micro_batch or mine,
-        "gradient_accumulation_steps": -(-mine // (settings.micro_batch or mine)),
+        "gradient_accumulation_steps": ceil_div(mine, settings.micro_batch or mine),
         "gradient_clipping": settings.clip,
         "steps_per_print": None,  # the monitor prints
         "zero_optimization": {"stage": config.deepspeed.stage, "overlap_comm": config.deepspeed.overlap},

@@ -26,6 +26,7 @@ from launch.plan_rows import read_rows
 from launch.plan_step import predict, setup_of
 from launch.ranks import Ranks
 from muse_dist.backend import backend_for
+from muse_dist.kernels.limits import ceil_div
 from muse_dist.layout import Layout
 
 # What else decides what an engine computes; Megatron takes kernels of the last two where they are installed.
@@ -112,7 +113,7 @@ def check_settings(config: RunConfig, ranks: Ranks) -> list[Finding]:
     sets = ranks.world // size
     if train.batch % sets:
         found.append(problem("settings", f"train.batch={train.batch} is no multiple of the {sets} sets of ranks",
-                             f"take train.batch={-(-train.batch // sets) * sets}"))
+                             f"take train.batch={ceil_div(train.batch, sets) * sets}"))
     if size > 1:
         found += _check_split(config, size)
     try:

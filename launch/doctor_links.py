@@ -14,6 +14,7 @@ from torch import Tensor
 from launch.doctor_checks import Finding, ok, problem, warning
 from launch.plan_machine import GPUS, LINK_SHARE, known_gpu
 from launch.ranks import Ranks
+from muse_dist.kernels.limits import ceil_div
 
 PAIR_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 REPEATS = 3  # of which the fastest counts
@@ -136,7 +137,7 @@ def rounds(world: int, rank: int) -> list[int | None]:
     With many ranks only some of the rounds, evenly spread.
     """
     size = world + world % 2
-    every = -(-(size - 1) // MOST_ROUNDS)
+    every = ceil_div(size - 1, MOST_ROUNDS)
     return [_opponent(size, world, rank, number) for number in range(0, size - 1, every)]
 
 

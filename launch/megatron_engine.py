@@ -27,6 +27,7 @@ from launch.probe import Captured
 from launch.ranks import Ranks
 from launch.timing import Stopwatch
 from muse_dist import ByteCounter
+from muse_dist.kernels.limits import ceil_div
 
 WEIGHT = "param"  # what Megatron's optimizer calls the fp32 weights
 KEPT = ("exp_avg", "exp_avg_sq")  # what Adam keeps of every parameter, beside the number of its steps
@@ -218,7 +219,7 @@ def _initialize(ranks: Ranks, settings: TrainConfig) -> None:
 
     parallel_state.destroy_model_parallel()  # of an engine before this one
     parallel_state.initialize_model_parallel(
-        context_parallel_size=ranks.size, distributed_timeout_minutes=-(-(settings.timeout + 60) // 60),
+        context_parallel_size=ranks.size, distributed_timeout_minutes=ceil_div(settings.timeout + 60, 60),
         create_gloo_process_groups=False)
     assert parallel_state.get_context_parallel_rank() == ranks.rank
     tensor_parallel.model_parallel_cuda_manual_seed(settings.seed)

@@ -26,6 +26,7 @@ from launch.plan_machine import GPUS, Machine, known_machine
 from launch.plan_rates import Rates
 from launch.plan_rows import Rows, fit_rates, layer_errors, read_rows, split_rows
 from launch.plan_step import Prediction, Setup, overtakes, predict, setup_of
+from muse_dist.kernels.limits import ceil_div
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = {  # columns of the table, and the terms they add up
@@ -132,7 +133,7 @@ def plan(config: RunConfig, machine: Machine, rates: Rates, nodes: Sequence[int]
         world = count * machine.per_node
         size = cp or config.train.context_parallel or most_sharing(config, context, min(world, machine.per_node))
         sets = max(world // size, 1)
-        batch = -(-config.train.batch // sets) * sets
+        batch = ceil_div(config.train.batch, sets) * sets
         for exact in (False, True):
             found.append(predict(setup_of(config, world, exact=exact, context=context, cp=size, batch=batch), machine,
                                  rates))

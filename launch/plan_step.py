@@ -13,6 +13,7 @@ from launch.plan_machine import Machine
 from launch.plan_model import OPTIMIZER_BYTES, Memory, Shape, memory
 from launch.plan_rates import ELEMENTWISE_MOVES, Rates, layer_seconds
 from muse_dist import MuseConfig, traffic
+from muse_dist.kernels.limits import ceil_div
 from muse_dist.layout import LayoutName
 
 
@@ -55,7 +56,7 @@ class Setup:
     @property
     def passes(self) -> int:
         """How often a step goes forward and backward."""
-        return -(-self.batch // self.sets // self.micro)
+        return ceil_div(ceil_div(self.batch, self.sets), self.micro)
 
     @property
     def case(self) -> Case:

@@ -150,7 +150,7 @@ class Communicator:
 
     def _watch(self, name: str, device: torch.device, work: dist.Work) -> None:
         """Have a thread name an exchange of NCCL's if it fails. Neither host nor GPU waits for it."""
-        on_nccl = f"{device.type}:nccl" in dist.get_backend_config(self.group)
+        on_nccl = f"{device.type}:nccl" in dist.get_backend_config(self.group).split(",")
         # While a CUDA graph is captured nothing is under way, and no result would ever come.
         if not on_nccl or torch.cuda.is_current_stream_capturing():
             return
