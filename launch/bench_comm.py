@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +17,18 @@ class Recorder(Communicator):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.posted: list[tuple[str, Callable[[], dist.Work | None]]] = []
+        self.posted: list[tuple[str, Callable[[], Any]]] = []
 
-    def _post(self, name: str, call: Callable[[], dist.Work | None]) -> dist.Work:
-        self.posted.append((name, call))
-        return super()._post(name, call)
+    def _post(self, name: str, *what: Any) -> Any:
+        post = partial(super()._post, name, *what)
+        self.posted.append((name, post))
+        return post()
 
     def repeat(self, name: str) -> None:
         """Run the exchanges posted under `name` once more, one after the other."""
-        for posted, call in self.posted:
+        for posted, post in self.posted:
             if posted == name:
-                super()._post(name, call).wait()
+                post().wait()
 
     @property
     def names(self) -> list[str]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from muse_dist.checks import cast_dtype, check_inputs
+from muse_dist.checks import cast_dtype, check_inputs, check_recordable
 from muse_dist.comm import ByteCounter, Communicator, ProcessGroup
 from muse_dist.compute import backward, forward, working
 from muse_dist.config import MuseConfig
@@ -62,6 +62,8 @@ def _parallel(
         if counter is not None and not isinstance(counter, ByteCounter):
             raise TypeError(f"counter: must be a ByteCounter or None, not {type(counter).__name__}")
         number = check_inputs(q, k, v, config, scale)
+        if comm.size > 1:
+            check_recordable(q, config)
         q, k, v = _autocast(q, k, v)
     except (ValueError, TypeError) as error:
         problem = str(error)

@@ -41,6 +41,19 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: flo
     return _check_scale(scale, dim)
 
 
+def check_recordable(q: Tensor, config: MuseConfig) -> None:
+    """ValueError if ranks cannot replay CUDA graphs of queries like q, with the reason and the fix."""
+    if not config.cuda_graphs:
+        return
+    fix = "take cuda_graphs=False"
+    if not q.is_cuda:
+        raise ValueError(f"cuda_graphs=True: needs tensors on a GPU, not on {q.device.type}; {fix}")
+    if config.backend != "triton":
+        problem = "backend='torch'" if config.backend == "torch" else triton_problem(config, q, cast_dtype(q))
+        if problem is not None:
+            raise ValueError(f"cuda_graphs=True: needs the GPU kernels ({problem}); {fix}")
+
+
 def cast_dtype(x: Tensor) -> torch.dtype:
     """The dtype `muse_attention` computes in: under autocast, as in torch's own attention, its dtype; fp64 stays."""
     kind = x.device.type

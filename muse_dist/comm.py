@@ -48,7 +48,7 @@ class Pending:
     """An exchange that has been posted; `wait` returns what arrived."""
 
     name: str
-    work: dist.Work
+    work: dist.Work | _Later
     where: str
     sent: Tensor  # must live until the exchange is done
     finish: Callable[[], list[Tensor]]
@@ -58,12 +58,47 @@ class Pending:
 
         NCCL lets only the GPU wait; what fails there is named in the log, before PyTorch ends the process.
         """
-        try:
-            with stage(f"wait for {self.name}"):
-                self.work.wait()
-        except Exception as error:
-            raise RuntimeError(f"{_failure(self.name, self.where)}: {error}") from error
+        if isinstance(self.work, _Later):
+            self.work.wait()
+        else:
+            _wait(self.work, self.name, self.where)
         return self.finish()
+
+
+def _wait(work: dist.Work, name: str, where: str) -> None:
+    try:
+        with stage(f"wait for {name}"):
+            work.wait()
+    except Exception as error:
+        raise RuntimeError(f"{_failure(name, where)}: {error}") from error
+
+
+Between = Callable[[Callable[["Communicator"], None]], None]
+
+
+@dataclass
+class _Later:
+    """An exchange of a call that is being recorded: every replay posts it and waits for it anew."""
+
+    between: Between
+    name: str
+    work: dist.Work | None = None  # of the replay under way
+
+    def post(self, begin: Callable[[Communicator], dist.Work | _Later]) -> None:
+        def act(comm: Communicator) -> None:
+            work = begin(comm)
+            assert not isinstance(work, _Later)
+            self.work = work
+
+        self.between(act)
+
+    def wait(self) -> None:
+        def act(comm: Communicator) -> None:
+            assert self.work is not None
+            _wait(self.work, self.name, comm._where())
+            self.work = None
+
+        self.between(act)
 
 
 class Communicator:
@@ -80,15 +115,16 @@ class Communicator:
         self.counter = counter
         self.rank = group.rank()
         self.size = group.size()
+        # While a call is recorded (see graphs.py): takes what every replay does between the kernels before and after.
+        self.between: Between | None = None
 
     def all_gather(self, name: str, x: Tensor) -> Pending:
         """Post the gathering of equal tensors; `wait` gives the tensor of every rank, in rank order."""
         with stage(f"post {name}"):
             send = torch.cat(_pieces([x]))
             received = send.new_empty(self.size, send.numel())
-            work = self._post(name, lambda: _gather(received.view(-1), send, self.group))
-            self._watch(name, send.device, work)
-        self._count(name, (self.size - 1) * send.numel())
+            work = self._post(name, send.device, (self.size - 1) * send.numel(),
+                              lambda group: _gather(received.view(-1), send, group))
         spec = [(x.shape, x.dtype)]
         return Pending(name, work, self._where(), send, lambda: [_from_bytes(part, spec)[0] for part in received])
 
@@ -106,10 +142,8 @@ class Communicator:
             sent = [sum(piece.numel() for piece in some) for some in pieces]
             received, nothing = (torch.empty(count, dtype=torch.uint8, device=device) for count in (sum(sizes), 0))
             data = torch.cat([nothing, *(piece for some in pieces for piece in some)])
-            work = self._post(name, lambda: dist.all_to_all_single(
-                received, data, sizes, sent, group=self.group, async_op=True))
-            self._watch(name, device, work)
-        self._count(name, sum(sizes))
+            work = self._post(name, device, sum(sizes), lambda group: dist.all_to_all_single(
+                received, data, sizes, sent, group=group, async_op=True))
         specs = [spec for part in receive for spec in part]
         return Pending(name, work, self._where(), data, lambda: _from_bytes(received, specs))
 
@@ -139,13 +173,23 @@ class Communicator:
                              + "; ".join(f"rank {rank}: {spoken}" for rank, (spoken, _) in enumerate(said)))
         known.add(key)
 
-    def _post(self, name: str, call: Callable[[], dist.Work | None]) -> dist.Work:
+    def _post(
+        self, name: str, device: torch.device, count: int, call: Callable[[ProcessGroup], dist.Work | None]
+    ) -> dist.Work | _Later:
+        """Begin an exchange by which this rank receives `count` bytes; in a recording, have every replay do so."""
+        if self.between is not None:
+            later = _Later(self.between, name)
+            later.post(lambda comm: comm._post(name, device, count, call))
+            return later
         try:
-            work = call()
+            work = call(self.group)
         except Exception as error:
             raise RuntimeError(f"exchange '{name}' could not be posted on {self._where()}, because another rank died, "
                                f"hung or left: {error}") from error
         assert work is not None
+        self._watch(name, device, work)
+        if self.counter is not None:
+            self.counter.add(name, count)
         return work
 
     def _watch(self, name: str, device: torch.device, work: dist.Work) -> None:
@@ -164,10 +208,6 @@ class Communicator:
 
     def _where(self) -> str:
         return f"rank {self.rank} of {self.size}"
-
-    def _count(self, name: str, count: int) -> None:
-        if self.counter is not None:
-            self.counter.add(name, count)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,10 @@ class MuseConfig:
     backend: Backend = _option("auto", (
         "'triton': GPU kernels, from Ampere on; 'torch': plain PyTorch, on any device, fp64 too; 'auto': GPU kernels "
         "wherever they can run, and says once what it took"))
+    cuda_graphs: bool = _option(False, (
+        "context-parallel ranks record the kernels of their second call with a shape and replay them afterwards: saves "
+        "the host's time, which can be most of a call of 16k tokens a rank, and keeps the memory of one call. With the "
+        "GPU kernels only; on one device PyTorch's own tools record the operators"))
 
     # JSON of the fields, for operators of PyTorch, which take numbers and strings. Not a field: every instance has its
     # own, made once, because torch.compile cannot trace json.

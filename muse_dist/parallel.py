@@ -1,6 +1,8 @@
 """Attention over a sequence that context-parallel ranks share: one differentiable function around the two exchanges."""
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from muse_dist import exchange_kv, exchange_moments
 from muse_dist.comm import Communicator
 from muse_dist.compute import working
 from muse_dist.config import MuseConfig
+from muse_dist.graphs import replayed
 from muse_dist.kernels.plain_blocks import Moments
 from muse_dist.layout import Layout, LayoutName
 from muse_dist.remote import ChunkAnchors
@@ -50,26 +53,47 @@ class ParallelAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> Tensor:  # type: ignore[override]
         """q [B, H, S, D], k and v [B, K, S, D] of one dtype -> [B, H, S, D]."""
-        mode = exchange_moments if shard.config.exchange == "moments" else exchange_kv
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse, saved = mode.forward(shard, *working(q, k, v, shard.config))
-            out = out.flatten(1, 2).to(q.dtype)
+        out, *rest = _run(_forward, shard, q, k, v)
         ctx.shard = shard
-        ctx.save_for_backward(q, k, v, out, lse, *_flatten(saved))
+        ctx.save_for_backward(q, k, v, out, *rest)
         return out
 
     @staticmethod
     @once_differentiable  # second derivatives are refused, not wrong
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of q, k and v."""
-        q, k, v, out, lse, *rest = ctx.saved_tensors
-        shard: Shard = ctx.shard
-        mode = exchange_moments if shard.config.exchange == "moments" else exchange_kv
-        with torch.autocast(q.device.type, enabled=False):
-            rows, keys, values = working(q, k, v, shard.config)
-            dout, out = (x.to(rows.dtype).unflatten(1, rows.shape[1:3]) for x in (dout, out))
-            dq, dk, dv = mode.backward(shard, dout, rows, keys, values, out, lse, _unflatten(rest))  # type: ignore[arg-type]
-        return dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        return (*_run(_backward, ctx.shard, dout, *ctx.saved_tensors), None)
+
+
+def _run(function: Callable[..., list[Tensor]], shard: Shard, *tensors: Tensor) -> list[Tensor]:
+    """function(shard, *tensors), from CUDA graphs if the settings say so."""
+    call = functools.partial(function, shard)
+    if not shard.config.cuda_graphs:
+        return call(*tensors)
+    shapes = tuple((x.shape, x.dtype) for x in tensors)
+    key = (function.__name__, shapes, tensors[0].device, shard.layout, shard.config, shard.scale)
+    return replayed(shard.comm, key, call, tensors)
+
+
+def _forward(shard: Shard, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """The output, its log-sum-exp and what else the backward needs."""
+    mode = exchange_moments if shard.config.exchange == "moments" else exchange_kv
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse, saved = mode.forward(shard, *working(q, k, v, shard.config))
+        return [out.flatten(1, 2).to(q.dtype), lse, *_flatten(saved)]
+
+
+def _backward(
+    shard: Shard, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Tensor
+) -> list[Tensor]:
+    """Gradients of q, k and v."""
+    mode = exchange_moments if shard.config.exchange == "moments" else exchange_kv
+    with torch.autocast(q.device.type, enabled=False):
+        rows, keys, values = working(q, k, v, shard.config)
+        dout, out = (x.to(rows.dtype).unflatten(1, rows.shape[1:3]) for x in (dout, out))
+        saved = _unflatten(list(rest))
+        dq, dk, dv = mode.backward(shard, dout, rows, keys, values, out, lse, saved)  # type: ignore[arg-type]
+        return [dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)]
 
 
 def _flatten(saved: exchange_kv.Saved | exchange_moments.Saved) -> list[Tensor]:

@@ -11,6 +11,7 @@ from muse_dist.config import PRESETS
 DEFAULTS = {
     "block": 4096, "halo": 1, "leaf": 64, "group": 64, "anchors": 4, "remote_anchors": 1, "remote_leaf": 32,
     "opened": 16, "sinks": 1, "trace": True, "causal": True, "exchange": "moments", "backend": "auto",
+    "cuda_graphs": False,
 }
 
 

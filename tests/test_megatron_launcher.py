@@ -215,14 +215,16 @@ def test_the_readme_shows_options_that_exist():
 def test_every_field_is_an_option_with_its_help():
     helped = " ".join(add_options(argparse.ArgumentParser()).format_help().split())
     values = {"block": 1024, "halo": 2, "leaf": 32, "group": 32, "anchors": 8, "remote_anchors": 2, "remote_leaf": 16,
-              "opened": 3, "sinks": 2, "trace": False, "causal": False, "exchange": "kv", "backend": "torch"}
+              "opened": 3, "sinks": 2, "trace": False, "causal": False, "exchange": "kv", "backend": "torch",
+              "cuda_graphs": True}
     assert set(values) == {field.name for field in dataclasses.fields(MuseConfig)}
     arguments = ["--attention", "muse"]
     for field in dataclasses.fields(MuseConfig):
         name = field.name.replace("_", "-")
         assert " ".join(field.metadata["help"].split())[:30] in helped
         value = values[field.name]
-        arguments += [f"--no-muse-{name}"] if value is False else [f"--muse-{name}", str(value)]
+        flags = {True: [f"--muse-{name}"], False: [f"--no-muse-{name}"]}
+        arguments += flags[value] if isinstance(value, bool) else [f"--muse-{name}", str(value)]
     assert parse(*arguments).config == MuseConfig(**values)
     assert parse("--attention", "muse").config == MuseConfig()
     assert parse() is None
