@@ -149,6 +149,21 @@ def test_losses_are_those_of_transformers(corpus):
     torch.testing.assert_close(token_losses(model, sequences).mean(), expected)
 
 
+@pytest.mark.parametrize("piece", [4096, 48])
+def test_the_loss_of_every_token_and_its_gradient(corpus, monkeypatch, piece):
+    """All logits at once, and in pieces of which the last is short, against the definition, weights on all losses."""
+    monkeypatch.setattr(model_module, "LOGITS", piece)
+    model, sequences = build_model(SMALL, CPU), corpus.held_out_sequences(2)
+    logits = model(sequences[:, :-1]).logits.double()
+    expected = logits.logsumexp(-1) - logits.gather(-1, sequences[:, 1:, None])[..., 0]
+    found = token_losses(model, sequences)
+    torch.testing.assert_close(found, expected.float())
+    weights = torch.rand(found.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+    parameters = list(model.parameters())
+    for a, b in zip(*(torch.autograd.grad((x * weights).sum(), parameters) for x in (found, expected)), strict=True):
+        assert (a - b).square().mean() <= 1e-8 * b.square().mean()
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
