@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from launch.config import RunConfig
+from launch.failures import first_failure
 from launch.options import pick_device, setting, write_line
 from muse_dist.deepspeed_section import read_config
 from muse_dist.layout import Layout
@@ -119,14 +120,7 @@ def measure(job: dict[str, Any], limit: float) -> dict[str, Any]:
             return {**job, **json.loads(row.read_text())}
         text = log.read_text()
     late = [f"not done in {limit:g} s"] if status is None else []
-    return {**job, "error": "; ".join([*late, _last_error(text)])}
-
-
-def _last_error(log: str) -> str:
-    """The line of a log that names the first exception, without torchrun's own report of it."""
-    lines = [line.split("]:", 1)[-1].strip() for line in log.splitlines()]
-    errors = [line for line in lines if line.split(":")[0].split(".")[-1].endswith(("Error", "Exception"))]
-    return errors[0][:300] if errors else (lines[-1][:300] if lines else "no output")
+    return {**job, "error": "; ".join([*late, first_failure(text)])}
 
 
 def step_table(rows: list[dict[str, Any]]) -> str:

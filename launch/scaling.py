@@ -7,9 +7,9 @@
 
 Every run is `launch.train` under torchrun on this node, whose ranks share every sequence unless
 `--set train.context_parallel=N` says otherwise. With --speed-only nothing is learned: runs on as many ranks time steps
-over random tokens in the same processes. OUT/rows.jsonl gets a line a run, also for one that failed; the same command
-goes on where it was interrupted, without --speed-only inside a run too, and refuses rows of other settings.
-launch.plan takes the rows to calibrate itself.
+over random tokens in the same processes. OUT/rows.jsonl gets a line a run, also for one that failed, with the log that
+says why; the same command goes on where it was interrupted, without --speed-only inside a run too, and refuses rows of
+other settings. launch.plan takes the rows to calibrate itself.
 """
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from threading import Event, Lock
 from typing import Any
 
 from launch.config import RunConfig, parse_changes
+from launch.failures import reason
 from launch.flops import step_flops
 from launch.monitor import load_wandb
 from launch.options import described_device, pick_device, write_line
 from launch.scaling_report import log_report, write_report
-from launch.scaling_row import Row, measured, reason
+from launch.scaling_row import Row, measured
 from launch.scaling_runs import Slot, ending, run, side_by_side, slots
 
 ROWS = "rows.jsonl"
@@ -111,7 +112,13 @@ class Sweep:
         with self._lock:
             write_line(self.options.out / ROWS, row)
             self.rows[job] = row
-            print(f"{job.name}: {row.get('failed') or format_speed(row)}", file=sys.stderr, flush=True)
+            print(f"{job.name}: {format_row(row)}", file=sys.stderr, flush=True)
+
+    def fail(self, job: Job, status: int | None, log: Path, more: str = "") -> None:
+        """Keep why a run has no measurement; `status` is that of its processes, None if they took too long."""
+        why = reason(log.read_text(errors="replace"), status) if status is not None else (
+            f"not done in {self.options.limit:g} s{more}")
+        self.add(job, {"failed": why, "log": str(log)})
 
     def changes(self, job: Job) -> list[str]:
         """Settings of a run that are not the file's. One rank has nobody to split weights with."""
@@ -147,10 +154,8 @@ class Sweep:
                    *(["--data", options.data] if options.data else []), "--set", *self.changes(job)]
         log = folder / "log.txt"
         status = run(_torchrun(job.ranks, command), log, options.limit, slot, stop)
-        if status is None:
-            self.add(job, {"failed": f"not done in {options.limit:g} s; --retry goes on with it"})
-        elif status or not (folder / "results.json").exists():
-            self.add(job, {"failed": reason(log.read_text(errors="replace"), status)})
+        if status != 0 or not (folder / "results.json").exists():
+            self.fail(job, status, log, "; --retry goes on with it")
         else:
             self.add(job, measured(folder, options.skip))
             for name in () if options.keep else BULKY:
@@ -161,7 +166,7 @@ class Sweep:
         options, left = self.options, list(jobs)
         folder = options.out / "speed" / jobs[0].name
         folder.mkdir(parents=True, exist_ok=True)
-        rows, log = folder / ROWS, folder / "log.txt"
+        rows = folder / ROWS
 
         def collect() -> int:
             done = read_done(rows)
@@ -172,6 +177,7 @@ class Sweep:
 
         while left:
             rows.unlink(missing_ok=True)
+            log = folder / f"{left[0].name}.log"  # one a start: the next would write over what this one says
             task = {"device": options.device, "skip": options.skip, "rows": str(rows), "jobs": [
                 {"row": asdict(job), "config": str(self.configs[job.model]), "changes": [
                     *self.changes(job), f"train.attention={job.attention}", f"train.steps={options.steps}",
@@ -180,8 +186,7 @@ class Sweep:
                          slot, stop, collect)
             collect()
             if left:
-                self.add(left.pop(0), {"failed": f"not done in {options.limit:g} s" if status is None else
-                                       reason(log.read_text(errors="replace"), status)})
+                self.fail(left.pop(0), status, log)
 
 
 def sweep(options: argparse.Namespace, rows: dict[Job, Row]) -> dict[Job, Row]:
@@ -243,8 +248,10 @@ def _torchrun(ranks: int, command: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", *many, *command]
 
 
-def format_speed(row: Row) -> str:
-    """What a run reached, in a line."""
+def format_row(row: Row) -> str:
+    """What a run reached, or why it failed and where that is said, in a line."""
+    if "failed" in row:
+        return f"{row['failed']} (log: {row['log']})"
     return f"{row['seconds']:.3f} s a step, {row['tokens_per_second'] / row['ranks']:,.0f} tokens/s a rank"
 
 

@@ -1,4 +1,4 @@
-"""What one run of a scaling sweep has measured, or why it failed."""
+"""What one run of a scaling sweep has measured."""
 from __future__ import annotations
 
 import json
@@ -58,13 +58,3 @@ def _medians(tables: list[dict[str, float]]) -> dict[str, float]:
 def _median(values: list[float | None]) -> float | None:
     there = [value for value in values if value is not None]
     return statistics.median(there) if there else None
-
-
-def reason(log: str, status: int) -> str:
-    """Why a run failed: the line of its log that says so, or the last one."""
-    lines = [line.split("]:", 1)[-1].strip() for line in log.splitlines() if line.strip()]
-    said = [line for line in lines if ": error: " in line]
-    raised = [line for line in lines
-              if line.split(":")[0].split(".")[-1].endswith(("Error", "Exception")) and ":" in line]
-    line = (said or raised or lines[-1:] or ["no output"])[0]
-    return f"exit status {status}: {line.split(': error: ')[-1][:300]}"

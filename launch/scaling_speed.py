@@ -18,6 +18,7 @@ import torch
 from launch.config import RunConfig, parse_changes
 from launch.corpus import VOCABULARY, ArrayTokens, Corpus
 from launch.engine import make_engine
+from launch.failures import said_at_once
 from launch.monitor import Silent
 from launch.options import described_device, pick_device, write_line
 from launch.ranks import Ranks, join_ranks
@@ -38,7 +39,8 @@ def main() -> None:
     train = configs[0].train
     if device.type == "cpu":
         torch.set_num_threads(1)
-    with join_ranks(device, configs[0].layout, train.context_parallel, train.timeout + 60) as ranks:
+    meeting = join_ranks(device, configs[0].layout, train.context_parallel, train.timeout + 60)
+    with meeting as ranks, said_at_once(ranks.world_rank):
         for job, config in zip(task["jobs"], configs):
             row = {**job["row"], "device": described_device(ranks.device),
                    **time_steps(config, dataclasses.replace(ranks, layout=config.layout), task["skip"])}

@@ -34,7 +34,7 @@ class Trainer:
         monitor: takes a row of metrics a step.
         checkpoints: where to save; None for a run that leaves nothing.
         counter: what the attention received is read from it.
-        folder: for what is known of a bad step.
+        folder: for what is known of a bad step, on all ranks or none; None for a run that leaves nothing.
     """
 
     def __init__(
@@ -200,20 +200,24 @@ class Trainer:
         return found
 
     def _bad_step(self, step: int, problem: str, batch: Tensor) -> None:
-        """Write down where a bad step's sequences come from and what the attention did; stop if that is the policy."""
-        settings = self.config.train
-        statistics = self._probe(batch, list(range(self.config.model.layers)))
-        if self.ranks.first and self.folder is not None:
-            numbers = range(self.sequences, self.sequences + settings.batch)
-            about = {"step": step, "problem": problem, "learning_rate": learning_rate(settings, step),
-                     "sequences": [self.corpus.describe(n, settings.seed) for n in numbers], "attention": statistics}
-            (self.folder / f"bad-step-{step:09}.json").write_text(json.dumps(about, indent=1) + "\n")
+        """Write down what is known of a bad step, if there is a place for it; stop if that is the policy."""
         text = f"step {step} is bad: {problem}"
         if self.folder is not None:
+            self._write_bad_step(self.folder, step, problem, batch)
             text += f"; bad-step-{step:09}.json has its sequences and the attention of each layer"
         if self.guard.gives_up:
             raise FloatingPointError(f"{text}. Try a smaller train.lr, or train.bad_step=skip")
         self.monitor.say(f"{text}. It is left out")
+
+    def _write_bad_step(self, folder: Path, step: int, problem: str, batch: Tensor) -> None:
+        """Where its sequences come from and what the attention did: all ranks look at it, one writes."""
+        settings = self.config.train
+        statistics = self._probe(batch, list(range(self.config.model.layers)))
+        if self.ranks.first:
+            numbers = range(self.sequences, self.sequences + settings.batch)
+            about = {"step": step, "problem": problem, "learning_rate": learning_rate(settings, step),
+                     "sequences": [self.corpus.describe(n, settings.seed) for n in numbers], "attention": statistics}
+            (folder / f"bad-step-{step:09}.json").write_text(json.dumps(about, indent=1) + "\n")
 
     def _warn(self, troubles: list[str]) -> None:
         for trouble in troubles:

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("deepspeed")
 
 from launch.bench import main
-from launch.bench_step import _last_error, add_command, make_job, measure, step_table
+from launch.bench_step import add_command, make_job, measure, step_table
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--config", "configs/tiny.toml", "--tokens", "512", "--device", "cpu", "--warmup", "1", "--steps", "2"]
@@ -79,13 +79,6 @@ def test_what_cannot_be_is_said_at_once(arguments, message, capsys, monkeypatch)
 def test_a_run_that_takes_too_long_is_a_row():
     job = {"attention": "kv", "ranks": 1, "device": "cpu"}
     assert measure(job, limit=0.5)["error"].startswith("not done in 0.5 s")
-
-
-def test_the_first_error_of_a_log_is_named():
-    log = ("[rank1]: Traceback (most recent call last):\n[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried\n"
-           "[rank0]: RuntimeError: another rank died\nChildFailedError:\n")
-    assert _last_error(log) == "torch.OutOfMemoryError: CUDA out of memory. Tried"
-    assert _last_error("killed") == "killed" and _last_error("") == "no output"
 
 
 def row(name, speed, loss):

@@ -15,7 +15,7 @@ import torch
 from launch import scaling
 from launch.plan_step import scaling_step
 from launch.scaling_report import groups, main_table, scaling_table, strong, weak, write_report
-from launch.scaling_row import measured, reason
+from launch.scaling_row import measured
 from launch.scaling_runs import slots
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +208,20 @@ def test_a_speed_run_that_takes_too_long_does_not_keep_the_others(arguments, tmp
     assert row["failed"] == "not done in 0.5 s"
 
 
+def test_bad_steps_are_said_and_every_start_keeps_its_log(arguments, tmp_path, capsys):
+    """Weights that a step makes huge end every run by `train.bad_step`: the second starts afresh and fails too."""
+    out = tmp_path / "out"
+    sweep = [*arguments, "--attention", "muse", "exact", "--speed-only", "--context", "64", "--ranks", "2"]
+    assert scaling.main([*sweep, "--set", "train.lr=1e30", "train.warmup=0"]) == 1
+    progress = capsys.readouterr().err
+    for row, attention in zip(rows_in(out), ("muse", "exact"), strict=True):
+        assert row["failed"].startswith("exit status 1: FloatingPointError: step 2 is bad: the "), row
+        log = out / "speed" / "small-64-2-muse" / f"small-64-2-{attention}.log"
+        assert row["log"] == str(log) and row["attention"] == attention
+        assert f"small-64-2-{attention}: {row['failed']} (log: {log})" in progress
+        assert "in _bad_step" in log.read_text()
+
+
 def test_runs_are_dealt_out_by_what_they_cost():
     jobs = [scaling.Job("a", context, 1, "exact") for context in (8, 1, 2, 3, 2)]
     dealt = scaling.shares(jobs, 2, lambda job: job.context)
@@ -263,14 +277,6 @@ def test_times_leave_the_first_steps_out(tmp_path):
     assert row["vocabulary"] == 100 and row["tokens_per_second"] == 64.0
     with pytest.raises(ValueError, match="--skip 4 leaves none of the 4 steps"):
         measured(tmp_path, 4)
-
-
-@pytest.mark.parametrize("log, wanted", [
-    ("usage: x\n[rank0]: torch.OutOfMemoryError: no room\nmore\nRuntimeError: late", "torch.OutOfMemoryError: no room"),
-    ("train: error: q: 48 tokens\nValueError: x", "q: 48 tokens"),
-    ("just\nended", "ended"), ("", "no output")])
-def test_reason_is_the_line_that_says_it(log, wanted):
-    assert reason(log, 3) == f"exit status 3: {wanted}"
 
 
 @pytest.mark.parametrize("arguments, message", [
