@@ -16,7 +16,7 @@ from muse_dist.compute import (
     Upstream, grouped, join_blocks, join_heads, join_rows, moment_bytes, no_moments, rows_to_tokens,
 )
 from muse_dist.config import MuseConfig
-from muse_dist.kernels.plain_blocks import Moments, Sight
+from muse_dist.kernels.plain_blocks import Moments
 from muse_dist.layout import Layout, chunk_pairs
 from muse_dist.slabs import FarSlab, far_slabs, head_slabs
 from muse_dist.stages import staged
@@ -158,8 +158,7 @@ def remote_backward(
                 dout, rows[:, :, slab.rows], about.anchor[:, :, chunk], remote.leaf, None, None, None, lse, delta,
                 sight, scale, config.trace, None, use)
             found.append((slab.rows, dq))
-            hidden = None if _sees_all(slab) else ~_seen_leaves(ops, sight, slab)
-            part = Moments(*(_to_anchors(x, use, hidden, config.remote_anchors) for x in grad))
+            part = Moments(*(_to_anchors(x, use, config.remote_anchors) for x in grad))
             grads[chunk] = _add_moments(grads[chunk], part, leaves[chunk], heads)
         placed = join_rows(found, rows).flatten(3, 4)
         parts.append((ops.scatter_tokens(placed, here.query_order, *q.shape[2:4]),))
@@ -205,33 +204,18 @@ def _use(anchors: ChunkAnchors, chunk: int, slab: FarSlab, chunks: int, query_bl
     return anchors.part[:, :, chunk, slab.rows.start - first:slab.rows.stop - first]
 
 
-def _sees_all(slab: FarSlab) -> bool:
-    """Whether all query blocks of a slab, which follow each other, see all its leaves, which other ranks hold."""
-    first, last = slab.query_places[0], slab.query_places[-1]
-    return set(range(first - slab.halo, last + slab.halo + 1)).isdisjoint(slab.key_places)
-
-
-def _seen_leaves(ops: ModuleType, sight: Sight, slab: FarSlab) -> Tensor:
-    """bool [n, J]: whether a query block sees a leaf."""
-    per_block = slab.leaves // len(slab.key_places)
-    return ops.seen_blocks(sight).repeat_interleave(per_block, -1)  # type: ignore[no-any-return]
-
-
-def _to_anchors(grad: Tensor, use: Tensor, hidden: Tensor | None, count: int) -> Tensor:
+def _to_anchors(grad: Tensor, use: Tensor, count: int) -> Tensor:
     """Sum what the parts of all blocks give their anchors, in a fixed order, in at least fp32.
 
     Args:
-        grad: [B, K, n, R, J] or [B, K, n, R, J, D], which is overwritten where it is hidden.
-        use: [B, K, n, R]; hidden: bool [n, J], None if all blocks see all leaves.
+        grad: [B, K, n, R, J] or [B, K, n, R, J, D], 0 for leaves that a block does not see; use: [B, K, n, R].
     Returns:
         [B, K, Q, J] or [B, K, Q, J, D] for Q = `count` anchors.
     """
-    more, dtype = [1] * (grad.dim() - 5), torch.promote_types(grad.dtype, torch.float32)
-    if hidden is not None:  # anything may stand there
-        grad.masked_fill_(hidden.view(len(hidden), 1, -1, *more), 0.0)
+    dtype = torch.promote_types(grad.dtype, torch.float32)
     if count == 1:
         return grad.sum((2, 3), dtype=dtype)[:, :, None]
-    use = use.reshape(*use.shape, 1, *more)
+    use = use.reshape(*use.shape, *[1] * (grad.dim() - 4))
     return torch.stack([torch.where(use == a, grad, 0.0).sum((2, 3), dtype=dtype) for a in range(count)], 2)
 
 

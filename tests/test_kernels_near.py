@@ -94,7 +94,7 @@ SHAPES = {
     "some rows without pairs, other keys": {
         "tokens": 4 * BLOCK, "keys": 2 * BLOCK + 8, "heads": 1, "pairs": [(1, 0, False), (3, 1, False), (3, 2, False)]},
     "a halo block, and sinks that all blocks read": {
-        "tokens": 3 * BLOCK - 3, "keys": BLOCK + 8, "heads": 1, "group": 1,
+        "tokens": 3 * BLOCK - 3, "keys": BLOCK + 8, "group": 1,
         "pairs": [(0, 0, False), (0, 1, False), (1, 1, False), (2, 1, False)]},
 }
 COMBINATIONS = [(dtype, 24, shape) for dtype in (torch.float32, torch.float16) for shape in SHAPES]
@@ -229,20 +229,21 @@ def test_runs_of_two_chunks_of_one_rank_that_are_apart():
 def test_blocks_that_all_read_the_same_short_block_are_one_run():
     """As those of a rank read its halo and the sinks, which another rank sent."""
     pairs = [(0, 0, False), *((i, 1, False) for i in range(5))]
-    assert find_runs(tuple(pairs), 8, 37, 11) == [Run(0, 1, 1, False, 37, 3), Run(0, 0, 1, False, 8, 8)]
+    assert find_runs(tuple(pairs), 8, 37, 11) == [
+        Run(0, 1, 4, False, 8, 3, shared=True), Run(0, 0, 1, False, 8, 8), Run(4, 1, 1, False, 5, 3)]
     apart = [(i, 1, False) for i in (0, 1, 3, 4)]
-    assert find_runs(tuple(apart), 8, 37, 11) == [Run(0, 1, 1, False, 16, 3), Run(3, 1, 1, False, 13, 3)]
+    assert find_runs(tuple(apart), 8, 40, 11) == [
+        Run(0, 1, 2, False, 8, 3, shared=True), Run(3, 1, 2, False, 8, 3, shared=True)]
 
 
 @pytest.mark.parametrize("queries, keys, halo, causal", [(37, 37, 1, True), (40, 40, 3, False), (64, 64, 2, True)])
 def test_runs_are_the_pairs(queries, keys, halo, causal):
     pairs = near_pairs(-(-queries // 8), halo, causal)
     runs = find_runs(tuple(pairs[::-1]), 8, queries, keys)
-    found = [(run.query + n, run.key + n, run.diagonal) for run in runs for n in range(run.blocks)]
-    assert sorted(found) == sorted(pairs)
-    for run in runs:
-        for n in range(run.blocks):
-            assert run.rows == min(8, queries - 8 * (run.query + n)) and run.keys == min(8, keys - 8 * (run.key + n))
+    found = [(run, run.query + n, run.key + (0 if run.shared else n)) for run in runs for n in range(run.blocks)]
+    assert sorted((i, j, run.diagonal) for run, i, j in found) == sorted(pairs)
+    for run, i, j in found:
+        assert run.rows == min(8, queries - 8 * i) and run.keys == min(8, keys - 8 * j)
 
 
 @pytest.mark.skipif(GPU, reason="the exact attention that it watches is a CPU's")
