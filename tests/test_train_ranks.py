@@ -18,6 +18,7 @@ from launch.corpus import ArrayTokens, Corpus
 from launch.engine import TorchEngine
 from launch.monitor import Silent
 from launch.ranks import Ranks
+from launch.scaling_speed import random_tokens
 from launch.trainer import Trainer
 from muse_dist import MuseConfig, traffic
 from tests.launched import Launcher
@@ -103,6 +104,29 @@ def test_sharded_heads_work_in_pieces():
     """As long contexts need them; recomputed in the backward, when the weights must be whole once more."""
     pieces, whole = (run_ranks(2, on_a_rank, logits)[0] for logits in (20, 4096))
     assert len(pieces) == 3 and pieces == pytest.approx(whole, rel=1e-6)
+
+
+def in_turn(runs):
+    """Losses of the steps of (context, attention) runs, one after the other in the same processes."""
+    group, *more = (dist.new_group() for _ in range(3))
+    ranks = Ranks(dist.get_rank(), 2, torch.device("cpu"), "zigzag", group, *more)
+    found = []
+    for context, attention in runs:
+        config = RunConfig("turn", ModelConfig(2, 16, 2, 1, 32),
+                           TrainConfig(steps=3, recompute=True, attention=attention), DataConfig(context=context),
+                           muse=MuseConfig(block=16, leaf=4, group=4, anchors=2, remote_leaf=4, opened=2))
+        rows, corpus = [], random_tokens(config)
+        Trainer(TorchEngine(config, ranks, corpus.vocabulary), corpus, config, ranks, Silent(rows)).run()
+        found.append([row["loss"] for row in rows])
+    return found
+
+
+def test_a_run_does_not_leave_its_attention_to_the_next():
+    """As speed alone is timed: long contexts first, then chunks of one block; each as in processes of its own."""
+    runs = [(256, "muse"), (256, "exact"), (64, "muse"), (64, "exact"), (128, "muse")]
+    shared = run_ranks(2, in_turn, runs)[0]
+    assert shared == [run_ranks(2, in_turn, [one])[0][0] for one in runs]
+    assert shared[2] != shared[3], "64 tokens have a far field"
 
 
 def test_a_context_that_does_not_divide_is_refused_by_all(launcher, tmp_path):
