@@ -157,7 +157,7 @@ def far_field_backward(
         total: if given, dk and dv are added to these, in place and in their dtype, and these returned.
     Returns:
         dq, the gradients of the moments [B, K, n, A, J, ...] (those of leaves out of sight are unspecified; with `use`,
-        each part's share of its anchor's), dk and dv (None without opened leaves).
+        each part's share of its anchor's, and 0 out of sight), dk and dv (None without opened leaves).
     """
     work = _work(q)
     dq = torch.zeros_like(q, dtype=work)

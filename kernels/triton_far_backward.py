@@ -33,7 +33,7 @@ def far_field_backward(
         total: if given, dk and dv are added to these, in place and in their dtype, and these returned.
     Returns:
         dq, the gradients of the moments [B, K, n, A, J, ...] (those of leaves out of sight are not written; with `use`,
-        each part's share of its anchor's), dk and dv (None without opened leaves).
+        each part's share of its anchor's, and 0 out of sight), dk and dv (None without opened leaves).
     """
     tile = backward_tiles(q.shape[-1], q.dtype) if tile is None else tile
     call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, use)
@@ -143,7 +143,8 @@ def _moment_backward(q, anchor, bias, key, value, trace, k, v, valid, opened, us
     block = blocks - 1 - tl.program_id(1) // PARTS
     begin = tl.load(span + 2 * block)
     stop = tl.load(span + 2 * block + 1)
-    if (start >= stop) | (start + LEAVES <= begin):
+    outside = (start >= stop) | (start + LEAVES <= begin)
+    if outside and not SHARED:
         return
     nth = tl.program_id(1) % PARTS
     part = (batch * blocks + block) * PARTS + nth
@@ -165,7 +166,12 @@ def _moment_backward(q, anchor, bias, key, value, trace, k, v, valid, opened, us
 
     row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     first = (batch * blocks + block) * groups + nth * (groups // PARTS)
-    for turn in range(groups // PARTS * row_tiles):
+    turns = groups // PARTS * row_tiles
+    written = seen
+    if SHARED:  # blocks are added up: the leaves that one does not see must not hold anything
+        turns = tl.where(outside, 0, turns)
+        written = leaf < leaves
+    for turn in range(turns):
         at = first + turn // row_tiles
         row = turn % row_tiles * ROWS + tl.arange(0, ROWS)
         inside = row < SIZE
@@ -190,8 +196,8 @@ def _moment_backward(q, anchor, bias, key, value, trace, k, v, valid, opened, us
             grad_trace += tl.sum(d_logit * square[None, :], 1)
     about = load_vector(anchor + source * DIM, DIM, DIM_PAD)
     grad_key = scale * (grad_key - rounded_mass[:, None] * about[None, :])
-    store_rows(d_key + part * leaves * DIM, leaf, seen, grad_key, DIM, DIM_PAD)
-    store_rows(d_value + part * leaves * DIM, leaf, seen, grad_value, DIM, DIM_PAD)
-    tl.store(d_mass + part * leaves + leaf, grad_mass, mask=seen)
+    store_rows(d_key + part * leaves * DIM, leaf, written, grad_key, DIM, DIM_PAD)
+    store_rows(d_value + part * leaves * DIM, leaf, written, grad_value, DIM, DIM_PAD)
+    tl.store(d_mass + part * leaves + leaf, grad_mass, mask=written)
     if TRACE:
-        tl.store(d_trace + part * leaves + leaf, 0.5 * scale * scale * grad_trace, mask=seen)
+        tl.store(d_trace + part * leaves + leaf, 0.5 * scale * scale * grad_trace, mask=written)

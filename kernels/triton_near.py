@@ -24,17 +24,15 @@ NEVER = 1e30  # a log-sum-exp under which every weight is 0, and finite: kernels
 
 
 class Run(NamedTuple):
-    """Consecutive query blocks of which each reads one key block, all at the same distance.
-
-    Or a tall query block, of several blocks that read the same key block.
-    """
+    """Consecutive query blocks of which each reads one key block: all at the same distance, or all the same one."""
 
     query: int  # the first query block
     key: int  # the key block that it reads
-    blocks: int  # how many query blocks, and as many key blocks
+    blocks: int  # how many query blocks, and as many key blocks if these are not shared
     diagonal: bool  # whether the pairs are causal diagonals
     rows: int  # tokens of a query block
     keys: int  # tokens of a key block
+    shared: bool = False  # whether all query blocks read the same key block
 
 
 def near_field(
@@ -119,6 +117,8 @@ def _near_field_backward(
         grads = _exact(exact, q, run).backward(
             d_rows, q_rows, *read, out_rows, lse_rows[..., 0], scale, run.diagonal)
         for i, (grad, like) in enumerate(zip(grads, (q, k, v))):
+            if i and run.shared:
+                grad = grad.sum(0, keepdim=True)
             total[i] = _add(total[i], _unfold(grad), (run.key if i else run.query) * block, like)
     dq, dk, dv = (torch.zeros_like(like) if x is None else x.view(like.shape) for x, like in zip(total, (q, k, v)))
     return dq, dk, dv
@@ -149,17 +149,20 @@ def find_runs(pairs: tuple[tuple[int, int, bool], ...], block: int, queries: int
             runs[-1] = last._replace(blocks=last.blocks + 1)
         else:
             runs.append(run)
-    return sorted(_tall(runs, block), key=lambda run: -run.blocks * run.rows)
+    return sorted(_shared(runs), key=lambda run: -run.blocks * run.rows)
 
 
-def _tall(runs: list[Run], block: int) -> list[Run]:
-    """Consecutive query blocks that read the same key block, as those of a rank read sinks, as one tall block."""
+def _shared(runs: list[Run]) -> list[Run]:
+    """Consecutive query blocks that read the same key block, as those of a rank read sinks, as one run.
+
+    Not as one tall query block: backwards are parallel in blocks of keys, of which sinks are one or two.
+    """
     result: list[Run] = []
     for run in sorted(runs, key=lambda run: (run.diagonal or run.blocks > 1, run.key, run.query)):
         last = result[-1] if result else None
         alone = run.blocks == 1 and not run.diagonal
-        if last and alone and last.key == run.key and last.query * block + last.rows == run.query * block:
-            result[-1] = last._replace(rows=last.rows + run.rows)
+        if last and alone and run == last._replace(query=last.query + last.blocks, blocks=1, shared=False):
+            result[-1] = last._replace(blocks=last.blocks + 1, shared=True)
         else:
             result.append(run)
     return result
@@ -175,12 +178,18 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def _fold(run: Run, block: int, of_queries: list[Tensor], of_keys: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tokens of a run, from [heads, tokens, D]: [blocks, heads, rows, D] and [blocks, heads, keys, D], views."""
+    """The tokens of a run, from [heads, tokens, D]: [blocks, heads, rows, D] and [blocks, heads, keys, D], views.
 
-    def fold(x: Tensor, first: int, size: int) -> Tensor:
-        return x[:, first * block:][:, :run.blocks * size].unflatten(1, (run.blocks, size)).transpose(0, 1)
+    Keys that blocks share are copied to each.
+    """
 
-    return ([fold(x, run.query, run.rows) for x in of_queries], [fold(x, run.key, run.keys) for x in of_keys])
+    def fold(x: Tensor, first: int, size: int, blocks: int) -> Tensor:
+        return x[:, first * block:][:, :blocks * size].unflatten(1, (blocks, size)).transpose(0, 1)
+
+    keys = [fold(x, run.key, run.keys, 1 if run.shared else run.blocks) for x in of_keys]
+    if run.shared:
+        keys = [x.expand(run.blocks, -1, -1, -1).contiguous() for x in keys]
+    return [fold(x, run.query, run.rows, run.blocks) for x in of_queries], keys
 
 
 def _unfold(x: Tensor) -> Tensor:
