@@ -106,8 +106,7 @@ def _near_field_backward(
     pairs: Sequence[tuple[int, int, bool]], block: int, exact: Exact | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`near_field_backward` of few enough heads."""
-    if out.stride() != dout.stride():  # cuDNN wants them alike
-        out, dout = out.contiguous(), dout.contiguous()
+    q, dout, out = _alike(q, dout, out)
     lse = lse.nan_to_num(nan=math.nan, posinf=NEVER, neginf=NEVER)
     of_queries = [_heads(x) for x in (q, dout, out, lse[..., None])]
     of_keys = [_heads(k), _heads(v)]
@@ -122,6 +121,16 @@ def _near_field_backward(
             total[i] = _add(total[i], _unfold(grad), (run.key if i else run.query) * block, like)
     dq, dk, dv = (torch.zeros_like(like) if x is None else x.view(like.shape) for x, like in zip(total, (q, k, v)))
     return dq, dk, dv
+
+
+def _alike(q: Tensor, dout: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three with equal strides.
+
+    PyTorch finds cuDNN's plan for a backward by the strides of q, k and v. One that was made for another length, with
+    other strides of out and dout, would read these in wrong places, and outside of their memory.
+    """
+    strides = {tuple(step for step, size in zip(x.stride(), x.shape) if size > 1) for x in (q, dout, out)}
+    return (q, dout, out) if len(strides) == 1 else (q.contiguous(), dout.contiguous(), out.contiguous())
 
 
 def _parts(q: Tensor, k: Tensor) -> list[tuple[slice, slice, slice]]:

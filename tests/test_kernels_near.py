@@ -266,6 +266,42 @@ def test_a_run_is_one_call_and_views():
     assert calls == [True, False] * 2
 
 
+def strides(x):
+    """Of the dimensions that have any."""
+    return [step for step, size in zip(x.stride(), x.shape) if size > 1]
+
+
+@pytest.mark.skipif(GPU, reason="the exact attention that it watches is a CPU's")
+@pytest.mark.parametrize("moved", [("q",), ("dout",), ("out",), ("q", "dout"), ("q", "dout", "out"), ()], ids=str)
+def test_exact_kernels_get_output_and_gradient_in_the_strides_of_the_queries(moved):
+    """PyTorch knows cuDNN's plans by those of the queries alone, and takes one of another length for the same."""
+    case, seen = Case(tokens=2 * BLOCK), []
+    for name in moved:  # as a model makes queries: the heads of a token lie together
+        x = getattr(case, name)
+        setattr(case, name, x.movedim(3, 1).contiguous().movedim(1, 3))
+
+    def forward(q, k, v, scale, causal):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, *(x.repeat_interleave(2, 1) for x in (k, v)), 0.0, causal, scale=scale)
+
+    def backward(dout, q, k, v, out, lse, scale, causal):
+        seen.append(strides(q) == strides(dout) == strides(out))
+        return triton_exact.exact_attention_backward(dout, q, k, v, out, lse, scale, causal)
+
+    case.check(exact=Exact(forward, backward))
+    assert len(seen) == 2 and all(seen)
+
+
+@pytest.mark.skipif(not GPU, reason="cuDNN's plans are a GPU's")
+def test_a_length_after_another():
+    """Queries whose blocks have the same strides at both lengths, and an output whose blocks have not."""
+    for count in (16, 4):
+        case = Case(torch.bfloat16, 64, heads=4, tokens=count * BLOCK, pairs=[(1, 0, False), (count - 1, 0, False)])
+        case.q = case.q.movedim(3, 1).contiguous().movedim(1, 3)
+        case.check()
+        torch.cuda.empty_cache()  # what is read outside of its memory is not there any more
+
+
 # --------------------------------------------------------------------------------------------------- choice of kernels
 
 
