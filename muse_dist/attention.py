@@ -166,8 +166,7 @@ def _attend_backward_op(
     """Gradients of q [B, H, N, D] and of k and v [B, K, N, D], given that of out."""
     config = MuseConfig.decode(settings)
     with torch.autocast(q.device.type, enabled=False):
-        # Several kernels want whole rows of heads: copied once instead of by each.
-        rows, keys, values = working(q.contiguous(), k, v, config)
+        rows, keys, values = working(q, k, v, config)
         dout, out = (x.contiguous().to(rows.dtype).reshape(rows.shape) for x in (dout, out))
         plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
         dq, dk, dv = backward(dout, rows, keys, values, out, lse.reshape(rows.shape[:4]), plan, scale,

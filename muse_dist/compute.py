@@ -22,9 +22,13 @@ from muse_dist.tree import Blocks, Plan, arrange, sorted_blocks
 
 
 def working(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, H, N, D] as [B, K, G, N, D], k and v [B, K, N, D], in the dtype that the kernels take."""
+    """q [B, H, N, D] as [B, K, G, N, D], k and v [B, K, N, D], contiguous and in the dtype that the kernels take.
+
+    Several steps want whole rows of a head, which models give with the heads of a token side by side: one copy for all.
+    """
     dtype = kernels_for(config, q).working_dtype(q.dtype)
-    return q.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype), v.to(dtype)
+    q, k, v = (x.contiguous().to(dtype) for x in (q, k, v))
+    return q.unflatten(1, (k.shape[1], -1)), k, v
 
 
 def near_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, config: MuseConfig) -> tuple[Tensor, Tensor]:

@@ -89,8 +89,7 @@ def _backward(
     """Gradients of q, k and v."""
     mode = exchange_moments if shard.config.exchange == "moments" else exchange_kv
     with torch.autocast(q.device.type, enabled=False):
-        # Several kernels want whole rows of heads: copied once instead of by each.
-        rows, keys, values = working(q.contiguous(), k, v, shard.config)
+        rows, keys, values = working(q, k, v, shard.config)
         dout, out = (x.contiguous().to(rows.dtype).unflatten(1, rows.shape[1:3]) for x in (dout, out))
         saved = _unflatten(list(rest))
         dq, dk, dv = mode.backward(shard, dout, rows, keys, values, out, lse, saved)  # type: ignore[arg-type]
