@@ -46,13 +46,15 @@ class Bench:
 def run(options: argparse.Namespace) -> None:
     """The command on the ranks that torchrun started, or on this process alone."""
     with joined(options) as ranks:
-        if options.graphs and ranks.device.type != "cuda":
-            raise ValueError("--graphs: needs GPUs; leave it out here")
         run_ranks(ranks, options)
 
 
 def run_ranks(ranks: Ranks, options: argparse.Namespace) -> None:
     """Measure every size, print a table a size, append JSON lines, draw; exit with 1 if a check has failed."""
+    if options.graphs and ranks.size > 1:
+        raise ValueError("--graphs: for one device; ranks record their own graphs with --set cuda_graphs=true")
+    if options.graphs and ranks.device.type != "cuda":
+        raise ValueError("--graphs: needs GPUs; leave it out here")
     bench = _prepare(ranks, options)
     rows: list[Row] = []
     for dim, kv_heads, tokens in product(options.dim, options.kv_heads or [options.heads], options.tokens):
@@ -295,8 +297,8 @@ def add_command(commands: Any) -> None:
                               "(default: %(default)s)")
     command.add_argument("--seconds", type=float, default=1.0,
                          help="repeat a variant for so long, three times at least (default: %(default)s)")
-    command.add_argument("--graphs", action="store_true", help="time CUDA graphs of every variant, as in training "
-                         "steps that are captured: without the host's time to launch kernels")
+    command.add_argument("--graphs", action="store_true", help="on one device, time CUDA graphs of every variant, as "
+                         "in training steps that are captured: without the host's time to launch kernels")
     command.add_argument("--profile", action="store_true", help="also split the time by stage")
     command.add_argument("--layout", choices=("contiguous", "zigzag"), default="zigzag", help="of MuSe's shards")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -256,6 +256,18 @@ def over_ranks(words):
     return rows
 
 
+def graphs_over_ranks():
+    try:
+        over_ranks(["attention", "--tokens", "96", *QUICK, "--graphs"])
+    except ValueError as error:
+        return str(error)
+
+
+def test_graphs_of_ranks_are_a_setting():
+    for message in run_ranks(2, graphs_over_ranks):
+        assert "--graphs" in message and "--set cuda_graphs=true" in message
+
+
 def stages_on_ranks(name):
     """What the profile of MuSe on ranks must name: its computations and its exchanges, both ways."""
     twice = ["near field", "far field", *(["remote", "moments"] if name == "fast moments" else [])]
