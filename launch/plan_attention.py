@@ -22,7 +22,7 @@ PRODUCTS = {
 # How often the queries and keys of a layer move through memory for the far field: cut, sorted, and put back.
 MOVES = (6, 10)
 # The host's time to start a layer's kernels, which run beside it: a layer takes whichever is longer.
-STARTS = ("start exact", "start", "start ranks")
+STARTS = ("start exact", "start", "start ranks", "start replay")
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,13 @@ def attention_work(case: Case) -> Work:
     for work, moves in zip(passes, MOVES):
         if pairs.get("far field"):
             work["ordering"] = moves * 2.0 * case.dim * (case.heads + case.kv_heads) * case.tokens / case.ranks
-    start = "start exact" if case.muse is None else "start" if case.ranks == 1 else "start ranks"
-    return Work(passes[0], passes[1], start)
+    return Work(passes[0], passes[1], _start(case))
+
+
+def _start(case: Case) -> str:
+    if case.muse is None or case.ranks == 1:
+        return "start exact" if case.muse is None else "start"
+    return "start replay" if case.muse.cuda_graphs else "start ranks"
 
 
 def _ranks(case: Case) -> range | list[int]:

@@ -14,7 +14,7 @@ ASSUMED = {"exact": (0.6, 0.45), "near field": (0.5, 0.4), "opened leaves": (0.3
            "moments": (0.2, 0.15), "remote moments": (0.2, 0.15), "choice": (0.25, 0.25), "ordering": (0.5, 0.5)}
 ASSUMED_STEP = {"dense": 0.6, "elementwise": 0.5, "optimizer": 0.7}
 # Seconds in which the host starts the kernels of a layer's forward; a backward takes it twice as long.
-ASSUMED_STARTS = {"start exact": 50e-6, "start": 2e-3, "start ranks": 4e-3}
+ASSUMED_STARTS = {"start exact": 50e-6, "start": 2e-3, "start ranks": 4e-3, "start replay": 5e-4}
 ASSUMED_HOST = 0.5e-3  # the same for everything else in a layer
 ASSUMED_FIXED = 10e-3  # seconds of a step that do not depend on its size
 ELEMENTWISE_MOVES = 6  # how often what a layer keeps goes through memory, forward and backward

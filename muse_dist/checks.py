@@ -51,7 +51,8 @@ def check_recordable(q: Tensor, config: MuseConfig) -> None:
     if config.backend != "triton":
         problem = "backend='torch'" if config.backend == "torch" else triton_problem(config, q, cast_dtype(q))
         if problem is not None:
-            raise ValueError(f"cuda_graphs=True: needs the GPU kernels ({problem}); {fix}")
+            reason = problem.partition(";")[0].removeprefix("backend='triton': ")
+            raise ValueError(f"cuda_graphs=True: needs the GPU kernels ({reason}); {fix}")
 
 
 def cast_dtype(x: Tensor) -> torch.dtype:

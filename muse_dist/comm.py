@@ -80,7 +80,7 @@ Between = Callable[[Callable[["Communicator"], None]], None]
 class _Later:
     """An exchange of a call that is being recorded: every replay posts it and waits for it anew."""
 
-    between: Between
+    between: Between | None  # until it has been awaited: the recording holds this exchange
     name: str
     work: dist.Work | None = None  # of the replay under way
 
@@ -90,6 +90,7 @@ class _Later:
             assert not isinstance(work, _Later)
             self.work = work
 
+        assert self.between is not None
         self.between(act)
 
     def wait(self) -> None:
@@ -98,7 +99,9 @@ class _Later:
             _wait(self.work, self.name, comm._where())
             self.work = None
 
-        self.between(act)
+        between, self.between = self.between, None
+        assert between is not None, "an exchange is awaited once"
+        between(act)
 
 
 class Communicator:

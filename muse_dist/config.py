@@ -70,8 +70,8 @@ class MuseConfig:
         "wherever they can run, and says once what it took"))
     cuda_graphs: bool = _option(False, (
         "context-parallel ranks record the kernels of their second call with a shape and replay them afterwards: saves "
-        "the host's time, which can be most of a call of 16k tokens a rank, and keeps the memory of one call. With the "
-        "GPU kernels only; on one device PyTorch's own tools record the operators"))
+        "the host's time, which can be most of a call of 16k tokens a rank, and keeps the memory of a forward and a "
+        "backward. With the GPU kernels only; on one device PyTorch's own tools record the operators"))
 
     # JSON of the fields, for operators of PyTorch, which take numbers and strings. Not a field: every instance has its
     # own, made once, because torch.compile cannot trace json.

@@ -5,6 +5,7 @@ overlapped with the same kernels, counted, named when they fail, and no graph ke
 """
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -18,6 +19,8 @@ from muse_dist.comm import Communicator, ProcessGroup
 
 Function = Callable[..., "list[Tensor]"]
 
+MOST = 32  # recordings of a group: every shape has two, which keep their memory
+
 # What each group's calls have recorded. Dies with the group, so nothing in it may hold the group.
 _RECORDED: weakref.WeakKeyDictionary[ProcessGroup, Recorded] = weakref.WeakKeyDictionary()
 
@@ -27,6 +30,7 @@ class Recorded:
     """The recordings of a group. They share memory, so that one replay has to end before the next begins."""
 
     pool: Any = field(default_factory=torch.cuda.graph_pool_handle)
+    stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)  # a pool's memory is shared on one stream
     found: dict[Hashable, Recording | None] = field(default_factory=dict)  # None: has run once
     last: torch.cuda.Event = field(default_factory=torch.cuda.Event)  # the end of the last replay
 
@@ -35,10 +39,12 @@ def replayed(comm: Communicator, key: Hashable, function: Function, inputs: Sequ
     """What function(*inputs) returns, replayed from the second call with a `key` on.
 
     Args:
-        key: everything about the call but the values of `inputs`; the same on all ranks.
+        key: everything that decides what the function launches.
         function: launches kernels and uses `comm`, without waiting for the GPU.
     Returns:
         Tensors of the caller's own, which no later replay overwrites.
+    Raises:
+        RuntimeError if there are too many keys, or if a call cannot be recorded.
     """
     if torch.cuda.is_current_stream_capturing():  # the user's own graph takes in everything
         return function(*inputs)
@@ -46,12 +52,16 @@ def replayed(comm: Communicator, key: Hashable, function: Function, inputs: Sequ
     if recorded is None:
         recorded = _RECORDED[comm.group] = Recorded()
     key = (type(comm), key)
-    if key not in recorded.found:  # kernels are compiled and libraries start, which no graph can hold
+    if key not in recorded.found:
+        if len(recorded.found) == MOST:
+            raise RuntimeError(f"cuda_graphs=True: calls of {MOST // 2} different shapes are recorded, and each keeps "
+                               "memory; pad sequences to a few lengths, or take cuda_graphs=False")
+        outputs = function(*inputs)  # kernels are compiled and libraries start, which no graph can hold
         recorded.found[key] = None
-        return function(*inputs)
+        return outputs
     recording = recorded.found[key]
     if recording is None:
-        recording = recorded.found[key] = Recording(comm, function, inputs, recorded.pool)
+        recording = recorded.found[key] = _record(comm, function, inputs, recorded)
     stream = torch.cuda.current_stream()
     stream.wait_event(recorded.last)
     outputs = recording.replay(comm, inputs)
@@ -59,32 +69,40 @@ def replayed(comm: Communicator, key: Hashable, function: Function, inputs: Sequ
     return outputs
 
 
+def _record(comm: Communicator, function: Function, inputs: Sequence[Tensor], recorded: Recorded) -> Recording:
+    """A recording of the call; RuntimeError with the cause if that cannot be."""
+    for attempt in range(2):
+        try:
+            return Recording(comm, function, inputs, recorded.pool, recorded.stream)
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and not attempt:
+                torch.cuda.empty_cache()  # the allocator does not take back what it caches while it records
+                continue
+            raise RuntimeError(f"cuda_graphs=True: the call could not be recorded ({type(error).__name__}: {error}); "
+                               "take cuda_graphs=False") from error
+    raise AssertionError("the second attempt returns or raises")
+
+
 class Recording:
     """A function of tensors as graphs, and what the host does between them."""
 
     def __init__(
-        self, comm: Communicator, function: Function, inputs: Sequence[Tensor], pool: Any
+        self, comm: Communicator, function: Function, inputs: Sequence[Tensor], pool: Any, stream: torch.cuda.Stream
     ) -> None:
-        """Record a call. Nothing runs, and nothing is sent.
-
-        Raises RuntimeError if something in it cannot be recorded.
-        """
-        self.inputs = [torch.empty_like(x) for x in inputs]
+        """Record a call on `stream`, which must not be the default one. Nothing runs, and nothing is sent."""
         self.steps: list[Callable[[Communicator], None]] = []
         self.pool = pool
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()  # PyTorch records on no default stream
         comm.between = self._cut
         try:
-            with torch.cuda.stream(stream):
+            with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(stream):
+                self.inputs = [torch.empty_like(x) for x in inputs]
                 self._begin()
                 try:
                     self.outputs = function(*self.inputs)
-                finally:
-                    self._end()
-        except Exception as error:
-            raise RuntimeError(f"cuda_graphs=True: the call could not be recorded ({error}); take cuda_graphs=False"
-                               ) from error
+                except BaseException:
+                    self._abandon()
+                    raise
+                self._end()
         finally:
             comm.between = None
 
@@ -114,3 +132,9 @@ class Recording:
             self.graph.capture_end()
         graph = self.graph
         self.steps.append(lambda comm: graph.replay())
+
+    def _abandon(self) -> None:
+        """Leave the stream as it was after an error, which must not be hidden by what ending the graph says."""
+        if torch.cuda.is_current_stream_capturing():
+            with contextlib.suppress(Exception):
+                self.graph.capture_end()

@@ -71,7 +71,8 @@ def _run(function: Callable[..., list[Tensor]], shard: Shard, *tensors: Tensor) 
     if not shard.config.cuda_graphs:
         return call(*tensors)
     shapes = tuple((x.shape, x.dtype) for x in tensors)
-    key = (function.__name__, shapes, tensors[0].device, shard.layout, shard.config, shard.scale)
+    key = (function.__name__, shapes, tensors[0].device, shard.layout, shard.config, shard.scale,
+           torch.are_deterministic_algorithms_enabled())
     return replayed(shard.comm, key, call, tensors)
 
 
