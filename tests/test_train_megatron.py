@@ -174,7 +174,8 @@ def test_megatron_computes_what_torch_does_and_either_goes_on_with_the_others_ch
     for name in ("megatron", "recompute"):
         assert models[name].keys() == models["torch"].keys()
         for key, value in models["torch"].items():
-            torch.testing.assert_close(models[name][key], value, rtol=1e-4, atol=1e-6)
+            # Whole tensors, not single weights: where a gradient is below Adam's epsilon, its rounding alone moves one.
+            assert (models[name][key] - value).norm() <= 1e-4 * value.norm(), (name, key)
 
 
 def command(folder, port):
