@@ -109,12 +109,20 @@ def test_the_deepspeed_recipe_says_how_it_is_used():
     assert found.returncode == 2 and "launch/deepspeed.sh FOLDER [OPTION OF deepspeed]... PROGRAM" in found.stderr
 
 
+def is_rank(process):
+    """Whether a process is a rank of the recipe; one that has just ended is none."""
+    try:
+        words = process.cmdline()
+        return words[-1:] == ["sleep"] and "deepspeed.launcher" not in " ".join(words) and "RANK" in process.environ()
+    except psutil.Error:
+        return False
+
+
 def test_stopping_the_deepspeed_recipe_stops_its_ranks(tmp_path):
     recipe = start([str(ROOT / "launch" / "deepspeed.sh"), str(tmp_path), "--num_gpus", "2", "--master_port",
                     free_port(), PROGRAM, "sleep"])
     deadline = time.monotonic() + 200
-    while len(ranks := [p for p in psutil.Process(recipe.pid).children(recursive=True) if p.cmdline()[-1:] == ["sleep"]
-                        and "deepspeed.launcher" not in " ".join(p.cmdline()) and "RANK" in p.environ()]) < 2:
+    while len(ranks := [p for p in psutil.Process(recipe.pid).children(recursive=True) if is_rank(p)]) < 2:
         assert time.monotonic() < deadline and recipe.poll() is None
         time.sleep(0.1)
     recipe.terminate()

@@ -175,7 +175,7 @@ def test_megatron_computes_what_torch_does_and_either_goes_on_with_the_others_ch
         assert models[name].keys() == models["torch"].keys()
         for key, value in models["torch"].items():
             # Whole tensors, not single weights: where a gradient is below Adam's epsilon, its rounding alone moves one.
-            assert (models[name][key] - value).norm() <= 1e-4 * value.norm(), (name, key)
+            assert (models[name][key] - value).norm() <= 3e-5 * value.norm(), (name, key)
 
 
 def command(folder, port):
