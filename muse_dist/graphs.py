@@ -6,6 +6,7 @@ overlapped with the same kernels, counted, named when they fail, and no graph ke
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -71,16 +72,15 @@ def replayed(comm: Communicator, key: Hashable, function: Function, inputs: Sequ
 
 def _record(comm: Communicator, function: Function, inputs: Sequence[Tensor], recorded: Recorded) -> Recording:
     """A recording of the call; RuntimeError with the cause if that cannot be."""
-    for attempt in range(2):
-        try:
-            return Recording(comm, function, inputs, recorded.pool, recorded.stream)
-        except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) and not attempt:
-                torch.cuda.empty_cache()  # the allocator does not take back what it caches while it records
-                continue
-            raise RuntimeError(f"cuda_graphs=True: the call could not be recorded ({type(error).__name__}: {error}); "
-                               "take cuda_graphs=False") from error
-    raise AssertionError("the second attempt returns or raises")
+    record = functools.partial(Recording, comm, function, inputs, recorded.pool, recorded.stream)
+    try:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return record()
+        torch.cuda.empty_cache()  # the allocator does not take back what it caches while it records
+        return record()
+    except Exception as error:
+        raise RuntimeError(f"cuda_graphs=True: the call could not be recorded ({type(error).__name__}: {error}); "
+                           "take cuda_graphs=False") from error
 
 
 class Recording:

@@ -96,17 +96,22 @@ def devices(config):
 
 
 def train(name, trainer_and_rows, folder):
-    """All steps, with a checkpoint on the way; one of them is called bad although its gradients are sound."""
+    """All steps, with a checkpoint on the way; one of them is called bad although its gradients are sound.
+
+    Returns what the steps showed, the probe, the weights at the start, and how large Adam's first gradients were.
+    """
     trainer, rows = trainer_and_rows
     start = {key: whole(value) for key, value in trainer.engine.tensors().items()}
     judge = trainer.guard.problem
     trainer.guard.problem = lambda loss, norm: "made up" if trainer.step + 1 == LEFT_OUT else judge(loss, norm)
+    trainer.run(1)
+    gradients = {key: whole(value).sqrt() for key, value in trainer.engine.tensors().items() if "exp_avg_sq" in key}
     trainer.run(SAVED)
     probed = trainer._probe(trainer.corpus.sequences(0, 1, 0), [0, 1])
     trainer.engine.save_model(Path(folder, f"{name} model"))
     trainer.checkpoints = None  # the last one stays that of `SAVED`
     trainer.run()
-    return shown(rows), probed, start
+    return shown(rows), probed, start, gradients
 
 
 def whole(tensor):
@@ -138,7 +143,7 @@ def check(name, found, wanted):
 
 def check_same_as_torch(first, second):
     """Loss, norm and bytes received of every step, the probe, and the weights at the start."""
-    wanted, probed, start = first["torch"]
+    wanted, probed, start, _ = first["torch"]
     assert [row[2] for row in wanted] == [0, 1, 0, 0, 0, 0]
     assert max(row[1] for row in wanted) > CASES["torch"].train.clip, "clipping must matter"
     assert all(row[3] > 0 for row in wanted)
@@ -154,7 +159,7 @@ def check_same_as_torch(first, second):
 
 def check_bf16(first):
     """It starts from fp32 weights that are not rounded, and goes on as if it had never stopped."""
-    rows, _, start = first["bf16"]
+    rows, _, start, _ = first["bf16"]
     assert all(torch.equal(value, start[key]) for key, value in first["torch"][2].items()), "rounded weights"
     assert first["bf16 resumed"] == rows[SAVED:]
     wanted = [row[0] for row in first["torch"][0]]
@@ -174,8 +179,13 @@ def test_megatron_computes_what_torch_does_and_either_goes_on_with_the_others_ch
     for name in ("megatron", "recompute"):
         assert models[name].keys() == models["torch"].keys()
         for key, value in models["torch"].items():
-            # Whole tensors, not single weights: where a gradient is below Adam's epsilon, its rounding alone moves one.
-            assert (models[name][key] - value).norm() <= 3e-5 * value.norm(), (name, key)
+            found = models[name][key]
+            assert (found - value).norm() <= 3e-5 * value.norm(), (name, key)
+            # Adam divides by gradients: where one is about its epsilon of 1e-8, its rounding alone moves a weight.
+            tied = key.replace("lm_head", "model.embed_tokens")
+            large = first["torch"][3][f"optimizer.{tied}.exp_avg_sq"] > 1e-7
+            assert large.float().mean() > 0.9
+            torch.testing.assert_close(found[large], value[large], rtol=1e-4, atol=1e-6)
 
 
 def command(folder, port):
