@@ -21,7 +21,7 @@ from muse_dist.kernels.reference import Moments, mean_rows, merge, near_field, n
 __all__ = [
     "Moments", "Sight", "add_tokens", "bisect", "far_field", "far_field_backward", "gather_tokens", "mean_rows",
     "merge", "moments", "moments_backward", "near_field", "near_field_backward", "open_leaves", "principal_axes",
-    "project", "row_dots", "scatter_tokens", "working_dtype",
+    "project", "row_dots", "scatter_tokens", "seen_blocks", "working_dtype",
 ]
 
 
