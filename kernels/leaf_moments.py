@@ -18,6 +18,15 @@ class Moments(NamedTuple):
     trace: Tensor  # [..., A, J] variance of the keys under p, averaged over the D directions
 
 
+class Acceptance(NamedTuple):
+    """What decides whether a group can do with a leaf's moments: the acceptance criterion of multipole methods."""
+
+    anchor: Tensor  # [..., A, D], anchor a serves groups a*U/A to (a+1)*U/A - 1
+    leaf: Moments  # of the leaves about these anchors
+    trace: bool  # whether far logits have the second-order term
+    tolerance: float  # the share of a group's attention that a leaf's moments may get wrong
+
+
 def tilt(anchor: Tensor, k: Tensor, scale: float, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Softmax of scale * a.k inside every leaf.
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from muse_dist.kernels.limits import ceil_div
 
-LONGEST = 256  # readers that one program sums up; leaves with more, such as sinks, are shared by several programs
-
 
 class Readers(NamedTuple):
     """Slots of `opened` sorted by the leaf that stands in them.
@@ -24,7 +22,7 @@ class Readers(NamedTuple):
     slot: Tensor  # int64 [slots] places in `opened` [batch, groups, O]; those of each leaf together and in order
     name: Tensor  # int32 [slots] the leaf in each of them; leaves * batch for an empty slot
     bounds: Tensor  # int32 [leaves * batch + 1] where the slots of each leaf begin
-    longest: int
+    longest: int  # readers that one program sums up; leaves with more, such as sinks, are shared by several
 
     @property
     def cuts(self) -> int:
@@ -32,7 +30,7 @@ class Readers(NamedTuple):
         return ceil_div(self.slot.shape[0], self.longest)
 
 
-def leaf_readers(opened: Tensor, leaves: int, longest: int = LONGEST) -> Readers:
+def leaf_readers(opened: Tensor, leaves: int, longest: int) -> Readers:
     """Invert opened leaves [batch, groups, O] (-1: empty slot). Nothing waits for the device."""
     batch, count = opened.shape[0], opened.numel()
     name = torch.empty(count, dtype=torch.int32, device=opened.device)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from muse_dist.kernels import reference
 from muse_dist.kernels.clustering import bisect, gather_rows, principal_axes, project, scatter_rows
-from muse_dist.kernels.reference import Moments, mean_rows, merge, near_field, near_field_backward
+from muse_dist.kernels.reference import Acceptance, Moments, mean_rows, merge, near_field, near_field_backward
 
 __all__ = [
-    "Moments", "Sight", "add_tokens", "bisect", "far_field", "far_field_backward", "gather_tokens", "mean_rows",
-    "merge", "moments", "moments_backward", "near_field", "near_field_backward", "open_leaves", "principal_axes",
-    "project", "row_dots", "scatter_tokens", "seen_blocks", "working_dtype",
+    "Acceptance", "Moments", "Sight", "add_tokens", "bisect", "far_field", "far_field_backward", "gather_tokens",
+    "mean_rows", "merge", "moments", "moments_backward", "near_field", "near_field_backward", "open_leaves",
+    "principal_axes", "project", "row_dots", "scatter_tokens", "seen_blocks", "working_dtype",
 ]
 
 
@@ -226,19 +226,29 @@ def _only(leaf: Moments, seen: Tensor) -> Moments:
 
 def open_leaves(
     q: Tensor, k: Tensor, sight: Sight, opened: int, sinks: int, scale: float, row_valid: Tensor | None = None,
-    valid: Tensor | None = None,
+    valid: Tensor | None = None, accept: Acceptance | None = None,
 ) -> Tensor:
     """Choose the leaves every group of queries reads exactly: the sinks, and the `opened` others with most attention.
 
     Args:
         q: sorted query rows [B, K, n, U, g, D]; k: leaves [B, K, J, m, D], of which 0 to sinks-1 are the sinks.
         row_valid: bool [B, K, n, U, g], which rows exist; valid: bool [J, m], which keys exist; all if None.
+        accept: with `moments` of the leaves about anchors [B, K, n, A, D]. If given, a leaf is opened only where its
+            moments get at least the tolerance wrong, as a share of the attention to all leaves that a block sees and
+            to those of the blocks it reads exactly, as far as they are among these.
     Returns:
         int64 [B, K, n, U, sinks + min(opened, J)]: leaves that the group's block sees, all different, first the sinks
         and then the best; -1 where there is nothing left to open.
     """
     rows, keys = q.to(_work(q)), k.to(_work(k))
-    return torch.stack([
-        reference.open_leaves(
-            rows[:, :, i], keys, seen, opened, sinks, scale, None if row_valid is None else row_valid[:, :, i], valid)
-        for i, seen in enumerate(_seen_leaves(sight, k.shape[2]))], 2)
+    far, at_hand = (_seen_leaves(x, k.shape[2]) for x in (sight, sight._replace(halo=-1)))
+    found = []
+    for i, seen in enumerate(far):
+        here = None
+        if accept is not None:
+            leaf = _only(Moments(*(x[:, :, i].to(_work(x)) for x in accept.leaf)), seen)
+            here = accept._replace(anchor=accept.anchor[:, :, i].to(_work(q)), leaf=leaf)
+        exists = None if row_valid is None else row_valid[:, :, i]
+        found.append(reference.open_leaves(
+            rows[:, :, i], keys, seen, opened, sinks, scale, exists, valid, here, at_hand[i] & ~seen))
+    return torch.stack(found, 2)

@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 
 from muse_dist.kernels.clustering import bisect, principal_axes
-from muse_dist.kernels.leaf_moments import NEG_INF, Moments, exp_from, merge_moments, moments, moments_backward, tilt
+from muse_dist.kernels.leaf_moments import (
+    NEG_INF, Acceptance, Moments, exp_from, merge_moments, moments, moments_backward, tilt,
+)
 
 __all__ = [
-    "Moments", "bisect", "far_field", "far_field_backward", "hidden_leaves", "mean_rows", "merge", "merge_moments",
-    "moments", "moments_backward", "near_field", "near_field_backward", "open_leaves", "opened_leaves",
-    "opened_leaves_backward", "principal_axes", "tilt",
+    "Acceptance", "Moments", "bisect", "far_field", "far_field_backward", "hidden_leaves", "mean_rows", "merge",
+    "merge_moments", "moment_errors", "moments", "moments_backward", "near_field", "near_field_backward",
+    "open_leaves", "opened_leaves", "opened_leaves_backward", "principal_axes", "tilt",
 ]
 
 PROBES = 4  # query means a group chooses its leaves with: 1 chooses worse, 16 a little better at four times the cost
+UNSEEN = 0.1  # of a leaf's share: the error that a right mass does not show, as rows differ from their mean
 
 
 # ------------------------------------------------------------------------------------------------------ opening leaves
@@ -33,17 +36,20 @@ PROBES = 4  # query means a group chooses its leaves with: 1 chooses worse, 16 a
 
 def open_leaves(
     q: Tensor, k: Tensor, seen: Tensor, opened: int, sinks: int, scale: float, row_valid: Tensor | None = None,
-    valid: Tensor | None = None,
+    valid: Tensor | None = None, accept: Acceptance | None = None, near: Tensor | None = None,
 ) -> Tensor:
     """Choose the leaves every group of queries reads exactly: the sinks, and the `opened` others with most attention.
 
     A few probes stand for a group, the means of equal runs of its rows. A leaf's score is the share of its exact mass
     in the far field of a probe, added up over the probes. Shares, not masses: else the longest query would decide.
+    With `accept`, the score is the error of `moment_errors`, averaged over the probes, and leaves whose score is below
+    the tolerance stay closed.
 
     Args:
         q: sorted query rows [..., U, g, D]; k: leaves [..., J, m, D], of which 0 to sinks-1 are the sinks.
         seen: bool [J], leaves in the far field of these queries.
         row_valid: bool [..., U, g], which rows exist; valid: bool [J, m], which keys exist; all if None.
+        accept: about anchors [..., A, D]; near: bool [J], leaves that these queries read exactly anyway.
     Returns:
         int64 [..., U, sinks + min(opened, J)]: leaf ids, all different; -1 where there is nothing left to open.
     """
@@ -57,14 +63,37 @@ def open_leaves(
     if valid is not None:
         candidate = candidate & valid.any(-1)
     mass, _ = tilt(probe.flatten(-3, -2), k, scale, valid)
-    share = mass.masked_fill(~candidate, NEG_INF).log_softmax(-1).unflatten(-2, probe.shape[-3:-1])
-    score = share.masked_fill(~row_valid.any(-1, keepdim=True), NEG_INF).logsumexp(-2)  # [..., U, J]
-    score = torch.where(candidate, score.nan_to_num(nan=torch.finfo(score.dtype).min), NEG_INF)
+    live = row_valid.any(-1, keepdim=True)
+    if accept is None:
+        share = mass.masked_fill(~candidate, NEG_INF).log_softmax(-1).unflatten(-2, probe.shape[-3:-1])
+        score = share.masked_fill(~live, NEG_INF).logsumexp(-2)  # [..., U, J]
+        score = score.nan_to_num(nan=torch.finfo(score.dtype).min)
+    else:
+        mass = mass.masked_fill(~(seen if near is None else seen | near), NEG_INF)
+        errors = moment_errors(probe, mass, accept, scale).masked_fill(~live, 0.0)
+        score = errors.sum(-2) / live.sum(-2).clamp(min=1)
+        candidate = candidate & (score >= accept.tolerance)  # false for errors that are no numbers
+    score = torch.where(candidate, score, NEG_INF)
     best, leaf = score.sort(dim=-1, descending=True, stable=True)
     chosen = torch.where(best > NEG_INF, leaf, -1)[..., :min(opened, count)]
     first = torch.arange(sinks, device=q.device)
     first = torch.where(seen[first], first, -1).expand(*chosen.shape[:-1], sinks)
     return torch.cat([first, chosen], -1)
+
+
+def moment_errors(probe: Tensor, mass: Tensor, accept: Acceptance, scale: float) -> Tensor:
+    """The share of a probe's attention that the moments of a leaf get wrong: [..., U, runs, J].
+
+    That is how far a leaf's share by its moments is from its exact one, and UNSEEN of the latter.
+
+    Args:
+        probe: [..., U, runs, D]; mass: exact log masses [..., U * runs, J] of all leaves at hand, -inf for others.
+    """
+    logit, _, _ = _far_logits(probe, accept.anchor, accept.leaf, None, scale, accept.trace)
+    whole = mass.logsumexp(-1, keepdim=True)
+    exact = exp_from(mass, whole)
+    wrong = (exp_from(logit.flatten(-3, -2), whole).clamp(max=1.0) - exact).abs() + UNSEEN * exact
+    return wrong.unflatten(-2, probe.shape[-3:-1])
 
 
 def mean_rows(q: Tensor, row_valid: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from muse_dist.kernels.plain_blocks import Moments, Sight, seen_blocks
+from muse_dist.kernels.plain_blocks import Acceptance, Moments, Sight, seen_blocks
 from muse_dist.kernels.triton_bisection import bisect
 from muse_dist.kernels.triton_clustering import principal_axes, project
 from muse_dist.kernels.triton_far import far_field
@@ -20,9 +20,9 @@ from muse_dist.kernels.triton_rows import mean_rows, row_dots
 from muse_dist.kernels.triton_tokens import add_tokens, gather_tokens, scatter_tokens
 
 __all__ = [
-    "Moments", "Sight", "add_tokens", "bisect", "far_field", "far_field_backward", "gather_tokens", "mean_rows",
-    "merge", "moments", "moments_backward", "near_field", "near_field_backward", "open_leaves", "principal_axes",
-    "project", "row_dots", "scatter_tokens", "seen_blocks", "working_dtype",
+    "Acceptance", "Moments", "Sight", "add_tokens", "bisect", "far_field", "far_field_backward", "gather_tokens",
+    "mean_rows", "merge", "moments", "moments_backward", "near_field", "near_field_backward", "open_leaves",
+    "principal_axes", "project", "row_dots", "scatter_tokens", "seen_blocks", "working_dtype",
 ]
 
 

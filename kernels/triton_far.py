@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muse_dist.kernels.limits import ceil_div
+from muse_dist.kernels.limits import ceil_div, power_of_two
 from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
     LOG2E, PRECISION, Tile, check_kernel_inputs, flags, forward_tile, keep_heads, leaf_span, load_rows, load_vector,
@@ -78,7 +78,7 @@ class FarCall:
         self.constants = {
             "SIZE": size, "PARTS": self.parts, "PER_BLOCK": self.per_block, "LEAF": keys, "SLOTS": slots, "DIM": dim,
             "CAUSAL": sight.causal, "GAPS": sight.gaps, "TRACE": trace, "HAS_VALID": valid is not None,
-            "SHARED": use is not None, "DIM_PAD": padded(dim)}
+            "SHARED": use is not None, "DIM_PAD": padded(dim), "SLOTS_PAD": power_of_two(slots)}
 
     def launch(self, tile: Tile) -> tuple[tuple[int, int], dict[str, int | bool]]:
         """Grid of a program for every tile of a group's rows, and the compile-time arguments."""
@@ -140,13 +140,14 @@ def _leave_out(shift: Tensor, opened: Tensor, use: Tensor | None, span: Tensor, 
     count = min(1024, padded(leaves))
     _leave_out_kernel[opened.shape[:4].numel(), ceil_div(leaves, count)](
         shift, opened, use, span, bias, blocks, leaves, shift.shape[2], GROUPS=groups, PARTS=parts, SLOTS=slots,
-        SHARED=use is not None, COUNT=count)
+        SHARED=use is not None, COUNT=count, SLOTS_PAD=power_of_two(slots))
     return bias
 
 
 @triton.jit
 def _leave_out_kernel(shift, opened, use, span, bias, blocks, leaves, anchors, GROUPS: tl.constexpr,
-                      PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, COUNT: tl.constexpr):
+                      PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, COUNT: tl.constexpr,
+                      SLOTS_PAD: tl.constexpr):
     group = tl.program_id(0).to(tl.int64)
     block = group // GROUPS
     part = block * PARTS + group % GROUPS * PARTS // GROUPS
@@ -156,9 +157,25 @@ def _leave_out_kernel(shift, opened, use, span, bias, blocks, leaves, anchors, G
     stop = tl.load(span + block % blocks * 2 + 1)
     ok = (leaf >= begin) & (leaf < stop)
     result = tl.load(shift + source * leaves + leaf, mask=ok, other=0.0)
-    for slot in tl.static_range(SLOTS):
+    for slot in range(filled_slots(opened + group * SLOTS, SLOTS, SLOTS_PAD)):
         result = tl.where(leaf == tl.load(opened + group * SLOTS + slot), float("-inf"), result)
     tl.store(bias + group * leaves + leaf, result, mask=ok)
+
+
+@triton.jit
+def filled_slots(opened, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr):
+    """How many slots of a group there are up to the last one that is not empty."""
+    slot = tl.arange(0, SLOTS_PAD)
+    filled = tl.load(opened + slot, mask=slot < SLOTS, other=-1) >= 0
+    return tl.max(tl.where(filled, slot + 1, 0), 0)
+
+
+@triton.jit
+def opened_turns(opened, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, LEAF: tl.constexpr, KEYS: tl.constexpr):
+    """How many tiles of `opened_keys` hold all that a group has opened."""
+    together: tl.constexpr = KEYS // LEAF if KEYS > LEAF else 1  # leaves in a tile
+    tiles: tl.constexpr = (LEAF + KEYS - 1) // KEYS  # tiles in a leaf
+    return (filled_slots(opened, SLOTS, SLOTS_PAD) + together - 1) // together * tiles
 
 
 @triton.jit
@@ -234,7 +251,7 @@ def _forward(q, anchor, bias, key, value, trace, k, v, valid, opened, use, query
              PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
              CAUSAL: tl.constexpr, GAPS: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr,
              SHARED: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr,
-             DIM_PAD: tl.constexpr):
+             DIM_PAD: tl.constexpr, SLOTS_PAD: tl.constexpr):
     row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     batch = tl.program_id(1).to(tl.int64)
     group = blocks * groups - 1 - tl.program_id(0) // row_tiles  # late blocks, which see most, start first
@@ -268,9 +285,7 @@ def _forward(q, anchor, bias, key, value, trace, k, v, valid, opened, use, query
         mean_value = load_rows(value + source * leaves * DIM, leaf, ok, DIM, DIM_PAD)
         total_out, top, total = _absorb(total_out, top, total, logit, 1.0, 0.0, mean_value)
     if SLOTS > 0:
-        key_tiles: tl.constexpr = SLOTS * ((LEAF + KEYS - 1) // KEYS) if KEYS <= LEAF else (
-            (SLOTS + KEYS // LEAF - 1) // (KEYS // LEAF))
-        for turn in range(key_tiles):
+        for turn in range(opened_turns(opened + at * SLOTS, SLOTS, SLOTS_PAD, LEAF, KEYS)):
             key_row, ok, some = opened_keys(
                 opened + at * SLOTS, valid, turn, batch * held, SLOTS, LEAF, KEYS, HAS_VALID)
             keys = load_rows(k, key_row, ok, DIM, DIM_PAD)

@@ -16,7 +16,9 @@ from muse_dist.kernels.plain_blocks import Moments, Sight
 from muse_dist.kernels.triton_common import (
     LOG2E, PRECISION, BackwardTiles, backward_tiles, load_base2, load_rows, load_vector, products, store_rows,
 )
-from muse_dist.kernels.triton_far import FarCall, anchor_of, mask_keys, opened_keys, seen_leaves, squared_steps
+from muse_dist.kernels.triton_far import (
+    FarCall, anchor_of, mask_keys, opened_keys, opened_turns, seen_leaves, squared_steps,
+)
 from muse_dist.kernels.triton_opened_backward import opened_backward
 
 
@@ -52,7 +54,9 @@ def far_field_backward(
         *call.tensors, dout, base, delta, square, *grad, *call.numbers, **constants)
     if k is None or v is None or opened is None or not opened.shape[-1]:
         return dq, grad, *(total or (None, None))
-    readers = leaf_readers(opened.reshape(q.shape[0] * q.shape[1], -1, opened.shape[-1]), k.shape[2])
+    slots = opened.shape[-1]
+    longest = max(128, 16 * slots * k.shape[3] // q.shape[4])  # partial sums take at most half the memory of q
+    readers = leaf_readers(opened.reshape(q.shape[0] * q.shape[1], -1, slots), k.shape[2], longest)
     dk, dv = opened_backward(dout, q, k, v, base, delta, readers, scale, valid, tile.opened, total)
     return dq, grad, dk, dv
 
@@ -72,7 +76,7 @@ def _query_backward(q, anchor, bias, key, value, trace, k, v, valid, opened, use
                     PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
                     CAUSAL: tl.constexpr, GAPS: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr,
                     SHARED: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr,
-                    DIM_PAD: tl.constexpr):
+                    DIM_PAD: tl.constexpr, SLOTS_PAD: tl.constexpr):
     """Gradients of the rows; and log-sum-exps in base 2 and |q - a|^2 of every row, for the kernels that come after."""
     row_tiles: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     batch = tl.program_id(1).to(tl.int64)
@@ -114,9 +118,7 @@ def _query_backward(q, anchor, bias, key, value, trace, k, v, valid, opened, use
         if TRACE:
             outward += tl.sum(d_logit * spread[None, :], 1)
     if SLOTS > 0:
-        key_tiles: tl.constexpr = SLOTS * ((LEAF + KEYS - 1) // KEYS) if KEYS <= LEAF else (
-            (SLOTS + KEYS // LEAF - 1) // (KEYS // LEAF))
-        for turn in range(key_tiles):
+        for turn in range(opened_turns(opened + at * SLOTS, SLOTS, SLOTS_PAD, LEAF, KEYS)):
             key_row, ok, some = opened_keys(
                 opened + at * SLOTS, valid, turn, batch * held, SLOTS, LEAF, KEYS, HAS_VALID)
             keys = load_rows(k, key_row, ok, DIM, DIM_PAD)
@@ -137,7 +139,7 @@ def _moment_backward(q, anchor, bias, key, value, trace, k, v, valid, opened, us
                      PER_BLOCK: tl.constexpr, LEAF: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
                      CAUSAL: tl.constexpr, GAPS: tl.constexpr, TRACE: tl.constexpr, HAS_VALID: tl.constexpr,
                      SHARED: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, KEYS: tl.constexpr,
-                     DIM_PAD: tl.constexpr):
+                     DIM_PAD: tl.constexpr, SLOTS_PAD: tl.constexpr):
     start = tl.program_id(0) * LEAVES
     batch = tl.program_id(2).to(tl.int64)
     block = blocks - 1 - tl.program_id(1) // PARTS

@@ -1,7 +1,8 @@
 """The choice of the leaves that groups of query rows read exactly.
 
 `_average` makes the probes of every group, `_weigh` multiplies a tile of them with the keys of one block and keeps the
-log mass of every leaf, and `_choose` turns the masses of a group into shares and picks the best leaves.
+log mass of every leaf, and `_choose` turns the masses of a group into shares and picks the best leaves. Where a
+criterion decides what is opened, `triton_accept` turns the masses into errors before.
 
 The masses go through memory. Shares need a probe's masses of all leaves, and the probes of a group add up only as
 shares: without memory for them every logit would be computed twice. There are m times fewer masses than logits, which
@@ -15,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from muse_dist.kernels.limits import ceil_div, power_of_two
-from muse_dist.kernels.plain_blocks import Sight
+from muse_dist.kernels.plain_blocks import Acceptance, Sight
 from muse_dist.kernels.reference import PROBES
+from muse_dist.kernels.triton_accept import masses_to_errors
 from muse_dist.kernels.triton_common import (
     LOG2E, PRECISION, Tile, check_kernel_inputs, flags, keep_heads, load_rows, padded, sees, side, store_rows,
 )
@@ -30,13 +32,16 @@ SHARE_BASE = tl.constexpr(100.0)  # shares are counted in 2^-100: with fp32's ex
 
 def open_leaves(
     q: Tensor, k: Tensor, sight: Sight, opened: int, sinks: int, scale: float, row_valid: Tensor | None = None,
-    valid: Tensor | None = None, *, tile: Tile | None = None,
+    valid: Tensor | None = None, accept: Acceptance | None = None, *, tile: Tile | None = None,
 ) -> Tensor:
     """Choose the leaves every group of queries reads exactly: the sinks, and the `opened` others with most attention.
 
     Args:
         q: sorted query rows [B, K, n, U, g, D]; k: leaves [B, K, J, m, D], of which 0 to sinks-1 are the sinks.
         row_valid: bool [B, K, n, U, g], which rows exist; valid: bool [J, m], which keys exist; all if None.
+        accept: with `moments` of the leaves about anchors [B, K, n, A, D]. If given, a leaf is opened only where its
+            moments get at least the tolerance wrong, as a share of the attention to all leaves that a block sees and
+            to those of the blocks it reads exactly, as far as they are among these.
         tile: launch shape of the products of probes and keys; pinned by head dim and dtype if None.
     Returns:
         int64 [B, K, n, U, sinks + min(opened, J)]: leaves that the group's block sees, all different, first the sinks
@@ -44,7 +49,7 @@ def open_leaves(
     """
     blocks, groups, _, dim = q.shape[2:]
     leaves, leaf = k.shape[2:4]
-    check_kernel_inputs(dim, leaf, q=q, k=k)
+    check_kernel_inputs(dim, leaf, q=q, k=k, anchor=None if accept is None else accept.anchor)
     count, slots = q.shape[:4].numel(), min(opened, leaves)
     out = torch.empty((*q.shape[:4], sinks + slots), dtype=torch.int64, device=q.device)
     shared = {"PER_BLOCK": leaves // sight.key.shape[0], "CAUSAL": sight.causal}
@@ -54,13 +59,13 @@ def open_leaves(
             SINKS_PAD=power_of_two(sinks), **shared)
     if slots:
         shared |= {"SINKS": sinks, "SLOTS": slots, "HAS_VALID": valid is not None}
-        _open_best(out, q, k, sight, scale, row_valid, valid, tile, shared)
+        _open_best(out, q, k, sight, scale, row_valid, valid, accept, tile, shared)
     return out
 
 
 def _open_best(
     out: Tensor, q: Tensor, k: Tensor, sight: Sight, scale: float, row_valid: Tensor | None, valid: Tensor | None,
-    tile: Tile | None, shared: dict[str, int],
+    accept: Acceptance | None, tile: Tile | None, shared: dict[str, int],
 ) -> None:
     """Write the leaves that are no sinks, slab by slab, into `out` of `open_leaves`."""
     heads, (blocks, groups, size, dim), (leaves, leaf) = q.shape[:2].numel(), q.shape[2:], k.shape[2:4]
@@ -70,7 +75,8 @@ def _open_best(
     k, held = keep_heads(k)
     holds = None if valid is None else flags(valid.any(-1))
     products = _products(count, blocks, leaf, dim, k.dtype, tile, shared)
-    choice = _choice(groups, runs, leaves, shared)
+    choice = _choice(groups, runs, leaves, shared) | {"JUDGED": accept is not None}
+    tolerance, at_hand = (0.0, sight.halo) if accept is None else (accept.tolerance, -1)  # -1: the near blocks too
     parts = sight.key.shape[0] * ceil_div(shared["PER_BLOCK"], products["SPAN"])
     together = SCRATCH_BYTES // (count * leaves * 4)
     some_heads, some_blocks = _even(heads, together // blocks), _even(blocks, together)
@@ -78,11 +84,13 @@ def _open_best(
     for head in range(0, heads, some_heads):
         for block in range(0, blocks, some_blocks):
             here = min(some_heads, heads - head), min(some_blocks, blocks - block)
-            numbers = head, block, here[1], blocks, leaves, sight.halo
+            numbers = head, block, here[1], blocks, leaves
             _weigh[(here[0] * ceil_div(here[1] * count, products["ROWS"]), parts)](
-                probe, k, flags(valid), sight.query, sight.key, mass, *numbers, held, **products)
+                probe, k, flags(valid), sight.query, sight.key, mass, *numbers, at_hand, held, **products)
+            if accept is not None:
+                masses_to_errors(mass, probe, sight, accept, scale, here, head, block)
             _choose[(here[0] * here[1] * ceil_div(groups, choice["TILE"]),)](
-                mass, live, holds, sight.query, sight.key, out, *numbers, **choice)
+                mass, live, holds, sight.query, sight.key, out, *numbers, sight.halo, tolerance, **choice)
 
 
 def _even(count: int, together: int) -> int:
@@ -244,11 +252,14 @@ def _load_masses(mass, leaf, ok, probe, inside, probes):
 
 
 @triton.jit(do_not_specialize=["head", "block", "some_blocks"])
-def _choose(mass, live, holds, query_ids, key_ids, out, head, block, some_blocks, blocks, leaves, halo,
+def _choose(mass, live, holds, query_ids, key_ids, out, head, block, some_blocks, blocks, leaves, halo, tolerance,
             GROUPS: tl.constexpr, RUNS: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr, PER_BLOCK: tl.constexpr,
             CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-            ONE_CHUNK: tl.constexpr, SLOTS_PAD: tl.constexpr):
-    """The best leaves of TILE groups of one query block, by the sum over the probes of each probe's shares."""
+            ONE_CHUNK: tl.constexpr, SLOTS_PAD: tl.constexpr, JUDGED: tl.constexpr):
+    """The best leaves of TILE groups of one query block, by the sum over the probes of each probe's shares.
+
+    If JUDGED, `mass` holds errors, and leaves are chosen by their mean from the tolerance on.
+    """
     tiles: tl.constexpr = (GROUPS + TILE - 1) // TILE
     probes = some_blocks * (GROUPS * RUNS)
     place = (tl.program_id(0) // tiles // some_blocks).to(tl.int64)
@@ -264,7 +275,7 @@ def _choose(mass, live, holds, query_ids, key_ids, out, head, block, some_blocks
 
     top = tl.full((TILE, RUNS), float("-inf"), tl.float32)
     total = tl.zeros((TILE, RUNS), tl.float32)
-    for start in range(0, leaves, CHUNK):
+    for start in range(0, 0 if JUDGED else leaves, CHUNK):
         leaf = start + tl.arange(0, CHUNK)
         ok = _candidates(leaf, holds, query_id, key_ids, leaves, halo, SINKS, PER_BLOCK, CAUSAL, HAS_VALID)
         if tl.max(ok.to(tl.int32), 0) > 0:
@@ -274,6 +285,7 @@ def _choose(mass, live, holds, query_ids, key_ids, out, head, block, some_blocks
             total = total * tl.exp2(top - base) + tl.sum(tl.exp2(masses - base[None, :, :]), 0)
             top = new
     whole = tl.where(use, top + tl.log2(total) - SHARE_BASE, float("inf"))
+    count = tl.maximum(tl.sum(use.to(tl.int32), 1), 1).to(tl.float32)
 
     slot = tl.arange(0, SLOTS_PAD)
     best = tl.full((TILE, SLOTS_PAD), NONE, tl.int64)
@@ -282,11 +294,16 @@ def _choose(mass, live, holds, query_ids, key_ids, out, head, block, some_blocks
         ok = _candidates(leaf, holds, query_id, key_ids, leaves, halo, SINKS, PER_BLOCK, CAUSAL, HAS_VALID)
         if tl.max(ok.to(tl.int32), 0) > 0:
             masses = _load_masses(mass, leaf, ok, probe, inside, probes)
-            score = tl.sum(tl.exp2(masses - whole[None, :, :]), 2)
+            if JUDGED:
+                score = tl.sum(tl.where(use[None, :, :], masses, 0.0), 2) / count[None, :]
+                fit = ok[:, None] & (score >= tolerance)
+            else:
+                score = tl.sum(tl.exp2(masses - whole[None, :, :]), 2)
+                fit = tl.broadcast_to(ok[:, None], score.shape)
             score = tl.where(score > 0, score, 0.0)  # also where it is not a number
             # Bits of positive floats are in their order; below them equal scores are in the order of the leaves.
             rank = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (leaf ^ LAST_LEAF).to(tl.int64)[:, None]
-            best = _merge(tl.where(ok[:, None], rank, NONE), best, slot, TILE, SLOTS, ONE_CHUNK)
+            best = _merge(tl.where(fit, rank, NONE), best, slot, TILE, SLOTS, ONE_CHUNK)
     chosen = tl.where(best == NONE, -1, (best & LAST_LEAF) ^ LAST_LEAF)
     to = out + group_at[:, None] * (SINKS + SLOTS) + SINKS + slot[None, :]
     tl.store(to, chosen, mask=inside[:, None] & (slot < SLOTS)[None, :])
@@ -297,7 +314,8 @@ def _merge(rank, best, slot, TILE: tl.constexpr, SLOTS: tl.constexpr, ONE_CHUNK:
     """The SLOTS largest, in order, of the ranks [CHUNK, TILE] and the best of chunks before [TILE, len(slot)]."""
     result = tl.full(best.shape, NONE, tl.int64)
     last = tl.full((TILE,), 2**63 - 1, tl.int64)
-    for turn in range(SLOTS):
+    found = tl.max(tl.sum((rank != NONE).to(tl.int32), 0), 0) + tl.max(tl.sum((best != NONE).to(tl.int32), 1), 0)
+    for turn in range(tl.minimum(found, SLOTS)):
         top = tl.max(tl.where(rank < last[None, :], rank, NONE), 0)
         if not ONE_CHUNK:
             top = tl.maximum(top, tl.max(tl.where(best < last[:, None], best, NONE), 1))

@@ -34,6 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         kind: dict[str, Any] = {"type": int, "metavar": "N"}
         if types[field.name] is bool:
             kind = {"action": argparse.BooleanOptionalAction}
+        elif types[field.name] is float:
+            kind = {"type": float, "metavar": "X"}
         elif get_args(types[field.name]):
             kind = {"choices": get_args(types[field.name])}
         text = field.metadata["help"].replace("%", "%%")

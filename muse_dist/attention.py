@@ -118,8 +118,7 @@ def _plan_op(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor,
         return tuple(_empty_plan(q))  # type: ignore[return-value]
     with torch.autocast(q.device.type, enabled=False):
         rows, keys, _ = working(q, k, k, config)
-        plan = make_plan(rows, keys, config, scale)
-    # Any point near the queries serves as an anchor; in the inputs' dtype kernels and ranks can share it as it is.
+        plan = make_plan(rows, keys, config, scale, q.dtype)
     plan = plan._replace(anchors=plan.anchors.to(q.dtype))
     return tuple(x.contiguous() for x in plan)  # type: ignore[return-value]
 

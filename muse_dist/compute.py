@@ -16,7 +16,7 @@ from muse_dist.backend import kernels_for
 from muse_dist.config import MuseConfig
 from muse_dist.kernels.reference import Moments
 from muse_dist.layout import block_count, near_pairs
-from muse_dist.slabs import FarSlab, far_slabs, head_slabs
+from muse_dist.slabs import FarSlab, far_slabs, head_slabs, moment_bytes
 from muse_dist.stages import staged
 from muse_dist.tree import Blocks, Plan, arrange, sorted_blocks
 
@@ -247,11 +247,6 @@ class Room(NamedTuple):
         here = self.head_bytes * blocks.k.shape[1]
         return [(slab, blocks.some(slab))
                 for slab in far_slabs(query_blocks, key_blocks, here, self.bound, per_block, self.config)]
-
-
-def moment_bytes(batch: int, anchors: int, leaves: int, dim: int, dtype: torch.dtype) -> int:
-    """Bytes of the moments of `leaves` leaves of a head about `anchors` anchors."""
-    return batch * anchors * leaves * (2 * dim * dtype.itemsize + 8)
 
 
 def no_moments(leaf: Moments) -> Moments:

@@ -53,8 +53,11 @@ class MuseConfig:
         "keys in the leaves whose moments ranks send each other. The traffic shrinks in proportion; "
         "`block` must be `remote_leaf` times a power of two"))
     opened: int = _option(16, (
-        "leaves each group reads exactly, besides the sinks: the ones with the largest estimated mass. "
-        "Costs N * opened * leaf; the main lever on accuracy after block and halo"))
+        "leaves each group reads exactly at most, besides the sinks: the ones with the largest estimated mass or, with "
+        "`tolerance`, error. Costs N * opened * leaf; the main lever on accuracy after block and halo"))
+    tolerance: float = _option(0.0, (
+        "a leaf is opened only where its moments are estimated to get more than this share of a group's attention "
+        "wrong: few leaves where they do, up to `opened` where they do not. 0 opens `opened` leaves everywhere"))
     sinks: int = _option(1, (
         "leading leaves of the sequence that every group reads exactly. Some heads keep almost all their mass on the "
         "first tokens; 0 saves little and can cost much accuracy"))
@@ -79,11 +82,16 @@ class MuseConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if type(f.default) is float and type(value) is int:  # such as 0, of a file or a command line
+                object.__setattr__(self, f.name, float(value))
             _check_type(f.name, getattr(self, f.name), f.default)
         for name, low in {"block": 1, "halo": 0, "leaf": 1, "group": 1, "anchors": 1, "remote_anchors": 1,
                           "remote_leaf": 1, "opened": 0, "sinks": 0}.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {low}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance={self.tolerance}: must be a share of the attention, from 0 to below 1")
         for name in ("leaf", "group", "remote_leaf"):
             part = getattr(self, name)
             if not _power_of_two_times(self.block, part):
@@ -154,12 +162,12 @@ class MuseConfig:
     @classmethod
     def fast(cls, **changes: Any) -> MuseConfig:
         """Within 0.02 nats of exact attention without retraining, up to 64k tokens on one model (launch/results)."""
-        return cls(**{"block": 2048, "leaf": 128, "anchors": 2, "opened": 8, **changes})
+        return cls(**{"block": 1024, "leaf": 128, "anchors": 1, "opened": 16, "tolerance": 0.003, **changes})
 
     @classmethod
     def accurate(cls, **changes: Any) -> MuseConfig:
         """Within 0.008 nats of exact attention without retraining, up to 64k tokens on one model (launch/results)."""
-        return cls(**{"leaf": 128, "anchors": 2, "opened": 6, **changes})
+        return cls(**{"block": 2048, "leaf": 128, "anchors": 2, "opened": 32, "tolerance": 0.002, **changes})
 
     def exact(self, tokens: int, chunk: int) -> MuseConfig:
         """These settings with which nothing is far: attention over `tokens` tokens is exact, on ranks too.

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from muse_dist.backend import kernels_for
-from muse_dist.compute import (
-    Upstream, grouped, join_blocks, join_heads, join_rows, moment_bytes, no_moments, rows_to_tokens,
-)
+from muse_dist.compute import Upstream, grouped, join_blocks, join_heads, join_rows, no_moments, rows_to_tokens
 from muse_dist.config import MuseConfig
 from muse_dist.kernels.plain_blocks import Moments
 from muse_dist.layout import Layout, chunk_pairs
-from muse_dist.slabs import FarSlab, far_slabs, head_slabs
+from muse_dist.slabs import FarSlab, far_slabs, head_slabs, moment_bytes
 from muse_dist.stages import staged
 from muse_dist.tree import Plan
 

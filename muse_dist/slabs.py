@@ -47,16 +47,21 @@ def head_slabs(heads: int, block_bytes: int, blocks: int, bound: int) -> list[sl
     return even_parts(heads, bound // max(1, block_bytes * blocks))
 
 
+def moment_bytes(batch: int, anchors: int, leaves: int, dim: int, dtype: torch.dtype) -> int:
+    """Bytes of the moments of `leaves` leaves of a head about `anchors` anchors."""
+    return batch * anchors * leaves * (2 * dim * dtype.itemsize + 8)
+
+
 def far_slabs(
     query_blocks: Sequence[int], key_blocks: Sequence[int], block_bytes: int, bound: int, per_block: int,
-    config: MuseConfig,
+    config: MuseConfig, near: bool = False,
 ) -> list[FarSlab]:
     """Query blocks to work on together, those without a far field left out.
 
     Args:
         query_blocks, key_blocks: places in the sequence.
         block_bytes: temporary memory that a query block takes if it sees all leaves; bound: how much all may take.
-        per_block: leaves in a key block.
+        per_block: leaves in a key block; near: whether the key blocks go on to those that the near field reads.
     """
     result = []
     for rows in even_parts(len(query_blocks), bound // max(1, block_bytes)):
@@ -65,6 +70,8 @@ def far_slabs(
         count = max((place + 1 for place, j in enumerate(key_blocks)
                      if is_far(last, j, config) or is_far(first, j, config)), default=0)
         if count:
+            if near:
+                count = max(place + 1 for place, j in enumerate(key_blocks) if j <= last or not config.causal)
             result.append(FarSlab(rows, count * per_block, here, key_blocks[:count], config.halo, config.causal))
     return result
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from muse_dist.backend import kernels_for
 from muse_dist.config import MuseConfig
+from muse_dist.kernels.plain_blocks import Acceptance
 from muse_dist.layout import block_count
-from muse_dist.slabs import FarSlab, far_slabs, head_slabs
+from muse_dist.slabs import FarSlab, far_slabs, head_slabs, moment_bytes
 from muse_dist.stages import staged
 
 AXES = 8  # principal axes the trees split along; more change nothing measurable
@@ -82,16 +83,19 @@ def token_valid(tokens: int, block: int, device: torch.device) -> Tensor | None:
     return (torch.arange(block_count(tokens, block) * block, device=device) < tokens).unflatten(0, (-1, block))
 
 
-def make_plan(q: Tensor, k: Tensor, config: MuseConfig, scale: float) -> Plan:
+def make_plan(q: Tensor, k: Tensor, config: MuseConfig, scale: float, dtype: torch.dtype | None = None) -> Plan:
     """Structure of the far field of a sequence.
 
     Args:
         q: [B, K, G, N, D] in the working dtype of the backend; k: [B, K, N, D].
         scale: softmax scale.
+        dtype: what the anchors are rounded to, q's if None. Any point near the queries serves as an anchor; in the
+            inputs' dtype kernels and ranks can share it as it is.
     Returns:
         a Plan; without randomness, and bitwise the same for the same input.
     """
     plan = order_blocks(q, k, config, config.leaf, True)
+    plan = plan._replace(anchors=plan.anchors.to(dtype or q.dtype).to(q.dtype))
     blocks = range(block_count(k.shape[2], config.block))
     return plan._replace(opened=open_blocks(q, k, plan, blocks, blocks, config, scale))
 
@@ -187,13 +191,22 @@ def open_blocks(
     opened = torch.full((*plan.query_order.shape[:3], groups, slots), -1, dtype=torch.int64, device=q.device)
     sinks = config.sinks if key_blocks[0] == 0 else 0
     # Scores of every leaf at a few probes a group; the kernels bound their own temporary memory.
-    block_bytes, bound = 16 * q.shape[0] * groups * len(key_blocks) * per_block, 2 * q.nbytes + k.nbytes
+    leaves, bound = len(key_blocks) * per_block, 2 * q.nbytes + k.nbytes
+    near = config.tolerance > 0 and config.opened > 0  # errors are shares of all attention, that to near keys too
+    block_bytes = 16 * q.shape[0] * groups * leaves
+    if near:
+        block_bytes += moment_bytes(q.shape[0], config.anchors, leaves, q.shape[-1], q.dtype)
     for heads in head_slabs(k.shape[1], block_bytes, len(query_blocks), bound):
         blocks = arrange(ops, q[:, heads], k[:, heads], None, plan.of_heads(heads), config)
         count = heads.stop - heads.start
-        for slab in far_slabs(query_blocks, key_blocks, block_bytes * count, bound, per_block, config):
-            here = blocks.some(slab)
-            chosen = ops.open_leaves(here.q, here.k, slab.sight(q.device), config.opened, sinks, scale,
-                                     here.row_valid, here.key_valid)
+        for slab in far_slabs(query_blocks, key_blocks, block_bytes * count, bound, per_block, config, near):
+            here, sight = blocks.some(slab), slab.sight(q.device)
+            accept = None
+            if near:
+                anchor = plan.anchors[:, heads, slab.rows]
+                leaf = ops.moments(anchor, here.k, here.k, sight, scale, here.key_valid)
+                accept = Acceptance(anchor, leaf, config.trace, config.tolerance)
+            chosen = ops.open_leaves(here.q, here.k, sight, config.opened, sinks, scale,
+                                     here.row_valid, here.key_valid, accept)
             opened[:, heads, slab.rows, :, :chosen.shape[-1]] = chosen
     return opened

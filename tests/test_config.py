@@ -10,7 +10,7 @@ from muse_dist.config import PRESETS
 
 DEFAULTS = {
     "block": 4096, "halo": 1, "leaf": 64, "group": 64, "anchors": 4, "remote_anchors": 1, "remote_leaf": 32,
-    "opened": 16, "sinks": 1, "trace": True, "causal": True, "exchange": "moments", "backend": "auto",
+    "opened": 16, "tolerance": 0.0, "sinks": 1, "trace": True, "causal": True, "exchange": "moments", "backend": "auto",
     "cuda_graphs": False,
 }
 
@@ -51,6 +51,16 @@ def test_switches_must_be_booleans(field, value):
         MuseConfig(**{field: value})
 
 
+@pytest.mark.parametrize("value", [True, "0.1", None])
+def test_the_tolerance_must_be_a_number(value):
+    with pytest.raises(TypeError, match=r"tolerance.*float"):
+        MuseConfig(tolerance=value)
+
+
+def test_whole_numbers_are_taken_for_the_tolerance():
+    assert type(MuseConfig(tolerance=0).tolerance) is float and MuseConfig(tolerance=0) == MuseConfig()
+
+
 @pytest.mark.parametrize("field", ["exchange", "backend"])
 def test_names_must_be_known_strings(field):
     with pytest.raises(TypeError, match=rf"{field}.*str"):
@@ -66,6 +76,9 @@ def test_names_must_be_known_strings(field):
     ({"halo": -1}, "halo=-1.*at least 0"),
     ({"opened": -1}, "opened=-1.*at least 0"),
     ({"sinks": -1}, "sinks=-1.*at least 0"),
+    ({"tolerance": -0.1}, "tolerance=-0.1.*from 0 to below 1"),
+    ({"tolerance": 1}, "tolerance=1.0.*from 0 to below 1"),
+    ({"tolerance": float("nan")}, "tolerance=nan.*from 0 to below 1"),
     ({"anchors": 0}, "anchors=0.*at least 1"),
     ({"remote_anchors": 0}, "remote_anchors=0.*at least 1"),
     ({"remote_leaf": 0}, "remote_leaf=0.*at least 1"),

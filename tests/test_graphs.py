@@ -170,7 +170,9 @@ def compare_on_gpus(mode, layout, tokens, kv_heads, settings):
     """Whether steps with graphs give the bits of steps without, for two lengths and in two groups, and count as many
     bytes; how often the Python of a forward and a backward ran; whether groups and recordings are gone afterwards."""
     torch.cuda.set_device(dist.get_rank())
-    torch.use_deterministic_algorithms(True, warn_only=True)  # cuDNN's backward adds dq with atomics
+    # cuDNN's backward adds dq with atomics, and FlashAttention's does unless errors, not warnings, are asked for.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
     groups = [dist.new_group(backend="nccl", timeout=datetime.timedelta(seconds=60)) for _ in range(2)]
     plain = dataclasses.replace(CONFIG, exchange=mode, cuda_graphs=False, **settings)
     module = exchange_moments if mode == "moments" else exchange_kv
