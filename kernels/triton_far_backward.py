@@ -54,9 +54,8 @@ def far_field_backward(
         *call.tensors, dout, base, delta, square, *grad, *call.numbers, **constants)
     if k is None or v is None or opened is None or not opened.shape[-1]:
         return dq, grad, *(total or (None, None))
-    slots = opened.shape[-1]
-    longest = max(128, 16 * slots * k.shape[3] // q.shape[4])  # partial sums take at most half the memory of q
-    readers = leaf_readers(opened.reshape(q.shape[0] * q.shape[1], -1, slots), k.shape[2], longest)
+    cuts = max(1, dout.numel() // (16 * k[0, 0, 0].numel()))  # partial sums take half the memory of q in bf16
+    readers = leaf_readers(opened.reshape(q.shape[0] * q.shape[1], -1, opened.shape[-1]), k.shape[2], cuts)
     dk, dv = opened_backward(dout, q, k, v, base, delta, readers, scale, valid, tile.opened, total)
     return dq, grad, dk, dv
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muse_dist.kernels.leaf_readers import Readers, piece
+from muse_dist.kernels.leaf_readers import Readers, piece, piece_length
 from muse_dist.kernels.limits import ceil_div
 from muse_dist.kernels.triton_common import (
     LOG2E, PRECISION, Tile, add_rows, flags, in_place, keep_heads, load_rows, padded, products, side, store_rows,
@@ -32,7 +32,7 @@ def opened_backward(
     batch, size = k.shape[0] * k.shape[1], q.shape[4]
     dk, dv = total or tuple(torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     (dk_at, held_out), (dv_at, _) = in_place(dk), in_place(dv)
-    partial = torch.empty((max(2 * readers.cuts, 1), 2, leaf, dim), dtype=torch.float32, device=k.device)
+    partial = torch.empty((2 * readers.cuts, 2, leaf, dim), dtype=torch.float32, device=k.device)
     keys = side(leaf, tile.keys, tile.warps)
     constants = {"LEAF": leaf, "DIM": dim, "KEYS": keys, "DIM_PAD": padded(dim), "ADD": total is not None,
                  "num_warps": tile.warps}
@@ -40,19 +40,19 @@ def opened_backward(
     groups = q.shape[2] * q.shape[3]
     _backward[readers.cuts + leaves * batch, tiles](
         dout, q, k, v, flags(valid), base, delta, *readers[:3], partial, dk_at, dv_at, scale, batch, leaves, held,
-        held_out, readers.cuts, readers.longest, SLOTS=readers.slot.shape[0] // (batch * groups), SIZE=size,
+        held_out, readers.cuts, readers.least, SLOTS=readers.slot.shape[0] // (batch * groups), SIZE=size,
         HAS_VALID=valid is not None, ROWS=max(tile.rows, 4 * tile.warps), num_stages=tile.stages, **constants)
     _add_partials[leaves * batch, tiles](
-        readers.bounds, partial, dk_at, dv_at, batch, held_out, readers.cuts, readers.longest, **constants)
+        readers.bounds, partial, dk_at, dv_at, batch, leaves, held_out, readers.cuts, readers.least, **constants)
     return dk, dv
 
 
 @triton.jit
 def _backward(dout, q, k, v, valid, base, delta, slot, name, bounds, partial, dk, dv, scale, batch, leaves, held,
-              held_out, cuts, longest, SLOTS: tl.constexpr, SIZE: tl.constexpr, HAS_VALID: tl.constexpr,
+              held_out, cuts, least, SLOTS: tl.constexpr, SIZE: tl.constexpr, HAS_VALID: tl.constexpr,
               ROWS: tl.constexpr, LEAF: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, DIM_PAD: tl.constexpr,
               ADD: tl.constexpr):
-    called, first, last, sum_at = piece(tl.program_id(0), name, bounds, leaves * batch, cuts, longest)
+    called, first, last, sum_at = piece(tl.program_id(0), name, bounds, leaves * batch, cuts, least)
     if called < 0:
         return
     leaf = called // batch
@@ -98,11 +98,12 @@ def _backward(dout, q, k, v, valid, base, delta, slot, name, bounds, partial, dk
 
 
 @triton.jit
-def _add_partials(bounds, partial, dk, dv, batch, held_out, cuts, longest, LEAF: tl.constexpr, DIM: tl.constexpr,
-                  KEYS: tl.constexpr, DIM_PAD: tl.constexpr, ADD: tl.constexpr):
+def _add_partials(bounds, partial, dk, dv, batch, leaves, held_out, cuts, least, LEAF: tl.constexpr,
+                  DIM: tl.constexpr, KEYS: tl.constexpr, DIM_PAD: tl.constexpr, ADD: tl.constexpr):
     called = tl.program_id(0)
     begin = tl.load(bounds + called)
     end = tl.load(bounds + called + 1)
+    longest = piece_length(bounds, leaves * batch, cuts, least)
     first = begin // longest
     last = (end - 1) // longest
     if (end == begin) | (first == last):

@@ -190,27 +190,28 @@ def test_results_are_bitwise_repeatable():
 
 
 @triton.jit
-def _pieces(name, bounds, out, names, cuts, longest):
+def _pieces(name, bounds, out, names, cuts, least):
     item = tl.program_id(0)
-    leaf, first, last, place = leaf_readers.piece(item, name, bounds, names, cuts, longest)
+    leaf, first, last, place = leaf_readers.piece(item, name, bounds, names, cuts, least)
     tl.store(out + 4 * item, leaf)
     tl.store(out + 4 * item + 1, first)
     tl.store(out + 4 * item + 2, last)
     tl.store(out + 4 * item + 3, place)
 
 
-@pytest.mark.parametrize("longest", [1, 2, 3, 100])
-def test_readers_of_leaves(longest):
+@pytest.mark.parametrize("cuts, least", [(1000, 1), (1000, 2), (5, 1), (5, 7), (1, 1), (3, 1000)])
+def test_readers_of_leaves(cuts, least):
     """Every reader of every leaf is in one piece, in order; pieces have places of their own for partial sums."""
     opened = Case(slots=4).opened.flatten(2, 3).flatten(0, 1)  # [batch, groups, slots]
     batch, groups, slots, leaves = *opened.shape, 12
-    readers = leaf_readers.leaf_readers(opened, leaves, longest)
-    count = readers.cuts + leaves * batch
+    readers = leaf_readers.leaf_readers(opened, leaves, cuts, least)
+    longest = max(least, -(-(opened >= 0).sum().item() // cuts))
+    count = cuts + leaves * batch
     out = torch.full((count, 4), -9, dtype=torch.int32, device=DEVICE)
-    _pieces[(count,)](readers.name, readers.bounds, out, leaves * batch, readers.cuts, longest)
+    _pieces[(count,)](readers.name, readers.bounds, out, leaves * batch, cuts, least)
     pieces = sorted((leaf, first, last, place) for leaf, first, last, place in out.tolist() if leaf >= 0)
     places = [place for *_, place in pieces if place >= 0]
-    assert len(set(places)) == len(places) and all(place < 2 * readers.cuts for place in places)
+    assert len(set(places)) == len(places) and all(place < 2 * cuts for place in places)
     for b in range(batch):
         for j in range(leaves):
             here = [(range(first, last), place) for leaf, first, last, place in pieces if leaf == j * batch + b]
@@ -225,8 +226,8 @@ def test_leaves_with_many_readers_are_shared_by_programs():
     case = Case(slots=4)
     lse, delta = merged(case, case.moments())
     results = []
-    for longest in (2, 100):
-        readers = leaf_readers.leaf_readers(case.opened.flatten(2, 3).flatten(0, 1), case.k.shape[2], longest)
+    for cuts in (20, 1):
+        readers = leaf_readers.leaf_readers(case.opened.flatten(2, 3).flatten(0, 1), case.k.shape[2], cuts, 2)
         results.append(triton_opened_backward.opened_backward(
             case.dout, case.q, case.k, case.v, lse, delta, readers, SCALE, case.valid,
             backward_tile(DIM, case.dtype), None))
