@@ -4,6 +4,7 @@
     torchrun --standalone --nproc-per-node 4 -m launch.bench attention --tokens 65536 262144
     torchrun --standalone --nproc-per-node 4 -m launch.bench exchange --tokens 65536 262144
     python -m launch.bench step --config configs/1b.toml --stage 1
+    python -m launch.bench tiles --dim 128 --out tiles.json
 
 Each command first checks, in the same processes, that what it times is right, and prints no speed-up where it is not.
 """
@@ -12,14 +13,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from launch import bench_attention, bench_exchange, bench_step
+from launch import bench_attention, bench_exchange, bench_step, bench_tiles
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for module in (bench_attention, bench_exchange, bench_step):
+    for module in (bench_attention, bench_exchange, bench_step, bench_tiles):
         module.add_command(commands)
     return parser
 

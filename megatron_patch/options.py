@@ -36,6 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             kind = {"action": argparse.BooleanOptionalAction}
         elif types[field.name] is float:
             kind = {"type": float, "metavar": "X"}
+        elif types[field.name] is str:
+            kind = {"metavar": "TEXT"}
         elif get_args(types[field.name]):
             kind = {"choices": get_args(types[field.name])}
         text = field.metadata["help"].replace("%", "%%")

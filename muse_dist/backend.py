@@ -4,7 +4,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from muse_dist.config import MuseConfig
 from muse_dist.kernels.limits import DTYPES, MOST_DIM, largest_leaf, padded
 
 
-def kernels_for(config: MuseConfig, q: Tensor) -> ModuleType:
-    """The module whose functions run for queries [..., D]; with backend="auto" the choice is logged once.
+Operators = ModuleType | SimpleNamespace  # the functions of `plain_blocks`, by whichever kernels
+
+
+def kernels_for(config: MuseConfig, q: Tensor) -> Operators:
+    """The functions that run for queries [..., D]; with backend="auto" the choice is logged once.
 
     `plain_blocks` and `triton_blocks` hold functions of the same names and signatures.
     """
@@ -24,7 +27,11 @@ def kernels_for(config: MuseConfig, q: Tensor) -> ModuleType:
     if name == "triton":
         from muse_dist.kernels import triton_blocks
 
-        return triton_blocks
+        if not config.tiles:
+            return triton_blocks
+        from muse_dist.kernels.tiles import tuned_blocks
+
+        return tuned_blocks(triton_blocks, config.tiles, q.device, q.dtype, q.shape[-1], config.leaf, config.group)
     from muse_dist.kernels import plain_blocks
 
     return plain_blocks

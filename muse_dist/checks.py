@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from muse_dist.backend import triton_problem
+from muse_dist.backend import backend_for, triton_problem
 from muse_dist.config import MuseConfig
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,20 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: flo
         problem = triton_problem(config, q, cast_dtype(q))
         if problem is not None:
             raise ValueError(problem)
+    if config.tiles and not torch.compiler.is_compiling():  # which cannot read files
+        _check_tiles(q, config)
     return _check_scale(scale, dim)
+
+
+def _check_tiles(q: Tensor, config: MuseConfig) -> None:
+    """ValueError if the file of tiles cannot be used for queries like q."""
+    dtype = cast_dtype(q)
+    if backend_for(config, q) == "torch" or triton_problem(config, q, dtype) is not None:
+        raise ValueError(f"tiles={config.tiles!r}: only the GPU kernels have tiles; leave it empty here")
+    from muse_dist.kernels import triton_blocks
+    from muse_dist.kernels.tiles import tuned_blocks
+
+    tuned_blocks(triton_blocks, config.tiles, q.device, dtype, q.shape[-1], config.leaf, config.group)
 
 
 def check_recordable(q: Tensor, config: MuseConfig) -> None:

@@ -6,13 +6,12 @@ are in at least fp32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from muse_dist.backend import kernels_for
+from muse_dist.backend import Operators, kernels_for
 from muse_dist.config import MuseConfig
 from muse_dist.kernels.reference import Moments
 from muse_dist.layout import block_count, near_pairs
@@ -102,7 +101,7 @@ class Upstream(NamedTuple):
         return Upstream(*(x[:, :, rows] for x in self))
 
 
-def grouped(ops: ModuleType, up: Upstream, row_valid: Tensor | None, plan: Plan, config: MuseConfig) -> Upstream:
+def grouped(ops: Operators, up: Upstream, row_valid: Tensor | None, plan: Plan, config: MuseConfig) -> Upstream:
     """`up` in the order of a plan; `row_valid` [B, K, n, U, g] says which rows exist, all if None."""
     dout, lse, delta = (
         ops.gather_tokens(x, plan.query_order).unflatten(3, (-1, config.group))
@@ -114,7 +113,7 @@ def grouped(ops: ModuleType, up: Upstream, row_valid: Tensor | None, plan: Plan,
 
 
 def rows_to_tokens(
-    ops: ModuleType, part: tuple[Tensor, Tensor], plan: Plan, size: Sequence[int]
+    ops: Operators, part: tuple[Tensor, Tensor], plan: Plan, size: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """A partial softmax of grouped rows in the order of the sequence; `size` is (G, N)."""
     out, lse = (ops.scatter_tokens(x.flatten(3, 4), plan.query_order, *size) for x in (part[0], part[1][..., None]))

@@ -71,6 +71,9 @@ class MuseConfig:
     backend: Backend = _option("auto", (
         "'triton': GPU kernels, from Ampere on; 'torch': plain PyTorch, on any device, fp64 too; 'auto': GPU kernels "
         "wherever they can run, and says once what it took"))
+    tiles: str = _option("", (
+        "a file of launch shapes of the GPU kernels that `python -m launch.bench tiles` tuned on this kind of GPU; "
+        "empty: those pinned in the code, measured on an H200"))
     cuda_graphs: bool = _option(False, (
         "context-parallel ranks record the kernels of their second call with a shape and replay them afterwards: saves "
         "the host's time, which can be most of a call of 16k tokens a rank, and keeps the memory of a forward and a "
@@ -162,12 +165,12 @@ class MuseConfig:
     @classmethod
     def fast(cls, **changes: Any) -> MuseConfig:
         """Within 0.02 nats of exact attention without retraining, up to 64k tokens on one model (launch/results)."""
-        return cls(**{"block": 1024, "leaf": 128, "anchors": 1, "opened": 16, "tolerance": 0.003, **changes})
+        return cls(**{"block": 1024, "leaf": 128, "anchors": 1, "opened": 32, "tolerance": 0.003, **changes})
 
     @classmethod
     def accurate(cls, **changes: Any) -> MuseConfig:
         """Within 0.008 nats of exact attention without retraining, up to 64k tokens on one model (launch/results)."""
-        return cls(**{"block": 2048, "leaf": 128, "anchors": 2, "opened": 32, "tolerance": 0.002, **changes})
+        return cls(**{"leaf": 128, "anchors": 2, "opened": 32, "tolerance": 0.003, **changes})
 
     def exact(self, tokens: int, chunk: int) -> MuseConfig:
         """These settings with which nothing is far: attention over `tokens` tokens is exact, on ranks too.

@@ -5,13 +5,12 @@ Shape legend as in `kernels/reference.py`; C chunks a rank, Q remote anchors of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from muse_dist.backend import kernels_for
+from muse_dist.backend import Operators, kernels_for
 from muse_dist.compute import Upstream, grouped, join_blocks, join_heads, join_rows, no_moments, rows_to_tokens
 from muse_dist.config import MuseConfig
 from muse_dist.kernels.plain_blocks import Moments
@@ -163,7 +162,7 @@ def remote_backward(
     return join_heads(parts)[0], grads
 
 
-def _rows(ops: ModuleType, q: Tensor, plan: Plan, config: MuseConfig) -> Tensor:
+def _rows(ops: Operators, q: Tensor, plan: Plan, config: MuseConfig) -> Tensor:
     """q [B, K, G, S, D] as groups of rows in the order of a plan: [B, K, n, U, g, D]. Ranks hold whole blocks."""
     return ops.gather_tokens(q, plan.query_order).unflatten(3, (-1, config.group))
 

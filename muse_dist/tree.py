@@ -5,14 +5,13 @@ It is computed from q and k, holds for one forward and backward, and is a consta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from muse_dist.backend import kernels_for
+from muse_dist.backend import Operators, kernels_for
 from muse_dist.config import MuseConfig
 from muse_dist.kernels.plain_blocks import Acceptance
 from muse_dist.layout import block_count
@@ -119,7 +118,7 @@ def order_blocks(q: Tensor, k: Tensor, config: MuseConfig, part: int, first: boo
 
 
 def _orders(
-    ops: ModuleType, rows: Tensor, keys: Tensor, valid: Tensor | None, config: MuseConfig, part: int, first: bool
+    ops: Operators, rows: Tensor, keys: Tensor, valid: Tensor | None, config: MuseConfig, part: int, first: bool
 ) -> tuple[Tensor, Tensor]:
     """Orders of the keys [B, K, n, b, D] and the query rows [B, K, n, G * b, D] of every block.
 
@@ -152,7 +151,7 @@ def _unflatten(valid: Tensor | None, parts: int) -> Tensor | None:
     return None if valid is None else valid.unflatten(-1, (parts, -1))
 
 
-def arrange(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor | None, plan: Plan, config: MuseConfig) -> Blocks:
+def arrange(ops: Operators, q: Tensor, k: Tensor, v: Tensor | None, plan: Plan, config: MuseConfig) -> Blocks:
     """q [B, K, G, S, D] and k, v [B, K, T, D] in the order of a plan; v is k where it is None."""
     groups = plan.query_order.shape[3] // config.group
     rows = ops.gather_tokens(q, plan.query_order).unflatten(3, (groups, -1))
@@ -164,7 +163,7 @@ def arrange(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor | None, plan: Plan,
                   None if key_valid is None else key_valid.view(-1, config.leaf))
 
 
-def to_leaves(ops: ModuleType, x: Tensor, plan: Plan, leaf: int) -> Tensor:
+def to_leaves(ops: Operators, x: Tensor, plan: Plan, leaf: int) -> Tensor:
     """[B, K, T, D] -> [B, K, J, leaf, D]: runs of `leaf` keys of every block in the order of a plan."""
     blocks = ops.gather_tokens(x[:, :, None], plan.key_order)
     return blocks.flatten(2, 3).unflatten(2, (-1, leaf))

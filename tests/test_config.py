@@ -11,7 +11,7 @@ from muse_dist.config import PRESETS
 DEFAULTS = {
     "block": 4096, "halo": 1, "leaf": 64, "group": 64, "anchors": 4, "remote_anchors": 1, "remote_leaf": 32,
     "opened": 16, "tolerance": 0.0, "sinks": 1, "trace": True, "causal": True, "exchange": "moments", "backend": "auto",
-    "cuda_graphs": False,
+    "tiles": "", "cuda_graphs": False,
 }
 
 

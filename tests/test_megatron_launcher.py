@@ -216,7 +216,7 @@ def test_every_field_is_an_option_with_its_help():
     helped = " ".join(add_options(argparse.ArgumentParser()).format_help().split())
     values = {"block": 1024, "halo": 2, "leaf": 32, "group": 32, "anchors": 8, "remote_anchors": 2, "remote_leaf": 16,
               "opened": 3, "sinks": 2, "trace": False, "causal": False, "exchange": "kv", "backend": "torch",
-              "cuda_graphs": True}
+              "cuda_graphs": True, "tolerance": 0.01, "tiles": "tiles.json"}
     assert set(values) == {field.name for field in dataclasses.fields(MuseConfig)}
     arguments = ["--attention", "muse"]
     for field in dataclasses.fields(MuseConfig):
