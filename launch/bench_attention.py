@@ -24,8 +24,10 @@ from launch.bench_timing import Attention, measure, step
 from launch.bench_traces import record, stages
 from muse_dist import MuseConfig
 from muse_dist.backend import backend_for
+from muse_dist.compute import working
 from muse_dist.config import PRESETS
 from muse_dist.layout import Layout
+from muse_dist.tree import has_far_field, make_plan
 
 Row = dict[str, Any]
 
@@ -170,9 +172,21 @@ def _measure(
         row |= {name: spread._asdict() for name, spread in times._asdict().items()}
         # What a replay allocates says nothing of the memory that its graphs keep.
         row["peak_bytes"] = None if ranks.size > 1 and variant.config and variant.config.cuda_graphs else peak
+        if ranks.size == 1 and variant.config is not None:
+            row["opened"] = _opened(variant.config, leaves[0], leaves[1])
         if options.profile and variant.config is not None:
             row["stages"] = _stages(attention, leaves, dout, ranks)
     return row
+
+
+@torch.no_grad()
+def _opened(config: MuseConfig, q: Tensor, k: Tensor) -> float:
+    """How many leaves a group opens besides the sinks, on average over all groups."""
+    if not has_far_field(q.shape[2], config):
+        return 0.0
+    rows, keys, _ = working(q, k, k, config)
+    opened = make_plan(rows, keys, config, q.shape[-1] ** -0.5, q.dtype).opened[..., config.sinks:]
+    return (opened >= 0).sum(-1).double().mean().item()
 
 
 def _split(variant: Variant, problem: Problem) -> Layout:
@@ -237,10 +251,11 @@ def table(rows: Sequence[Row]) -> str:
     head = (f"\n{first['tokens']} tokens, {first['heads']} heads of {first['dim']}, {first['kv_heads']} key/value "
             f"heads, {first['dtype']}, {'causal' if first['causal'] else 'acausal'}, {first['ranks']} rank(s), "
             f"{first['device']}, inputs: {first['inputs']}\nerrors: relative squared, of {first['rows_checked']} rows, "
-            f"against exact attention in fp32; check: largest error over the largest allowed"
+            f"against exact attention in fp32; opened: leaves a group reads besides the sinks, on average; check: "
+            f"largest error over the largest allowed"
             + (f"; speed-up over {over}" if over else ""))
     lines = [head, f"{'variant':<18}{'forward ms':>11}{'backward':>10}{'both':>10}{'10th':>9}{'90th':>9}{'speed-up':>9}"
-                   f"{'MiB':>8}{'/flash':>7}{'out':>10}{'dq':>9}{'dk':>9}{'dv':>9}{'check':>7}"]
+                   f"{'MiB':>8}{'/flash':>7}{'opened':>7}{'out':>10}{'dq':>9}{'dk':>9}{'dv':>9}{'check':>7}"]
     return "\n".join([*lines, *map(_line, rows), *(_stage_lines(row) for row in rows if "stages" in row)])
 
 
@@ -254,6 +269,7 @@ def _line(row: Row) -> str:
     text += f"{row['speedup']:>8.2f}x" if "speedup" in row else f"{'-':>9}"
     text += f"{peak / 2**20:>8.0f}" if peak else f"{'-':>8}"
     text += f"{ratio:>7.2f}" if ratio else f"{'-':>7}"
+    text += f"{row['opened']:>7.2f}" if "opened" in row else f"{'-':>7}"
     text += f"{row['error']['out']:>10.1e}" + "".join(f"{row['error'][name]:>9.1e}" for name in ("dq", "dk", "dv"))
     text += f"{row['check']['worst']:>7.2f}"
     return text if row["check"]["passed"] else f"{text} FAILED: {row['check']['what']}"

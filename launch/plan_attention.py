@@ -115,14 +115,15 @@ def _add_far(
     """Add what one block of queries does with `local` blocks whose keys are here and `remote` ones that are not."""
     rows, keys = case.heads * config.block, local * config.block
     leaves = local * (config.block // config.leaf)
-    chosen = min(config.opened, max(leaves - pinned, 0))
+    chosen = min(flops.opened_at_most(config), max(leaves - pinned, 0))
+    weighed = keys + (config.halo + 1) * config.block if config.tolerance else keys
     sinks = config.sinks if local + remote else 0
     probes = PROBES if config.group % PROBES == 0 else 1
     for stage, pairs in (
             ("far field", rows * (leaves + remote * (config.block // config.remote_leaf))),
             ("opened leaves", rows * (chosen + sinks) * config.leaf),
             ("moments", case.kv_heads * config.anchors * keys),
-            ("choice", rows / config.group * probes * keys if config.opened else 0)):
+            ("choice", rows / config.group * probes * weighed if config.opened else 0)):
         found[stage] = found.get(stage, 0.0) + pairs
 
 

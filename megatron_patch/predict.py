@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from muse_dist.config import MuseConfig
+from muse_dist.flops import opened_at_most
 from muse_dist.layout import Layout, block_count
 from muse_dist.megatron_patch.options import Choice, show_layers
 from muse_dist.traffic import traffic
@@ -73,7 +74,8 @@ def muse_flops(config: MuseConfig, shape: tuple[int, int, int, int, int], ranks:
         remote_moments = int(chunks.sum().item()) * config.remote_anchors
     near, seen = int((far & ~remote).sum().item()), int(remote.sum().item())
     logits = count * block * (block + 1) // 2 + halo * block ** 2
-    logits += with_far * block * config.leaf * (config.sinks + min(config.opened, count * block // config.leaf))
+    opened = min(opened_at_most(config), count * block // config.leaf)
+    logits += with_far * block * config.leaf * (config.sinks + opened)
     logits += block ** 2 * near // config.leaf + block ** 2 * seen // config.remote_leaf
     moments = block * (near * config.anchors + remote_moments)
     return batch * dim * (4 * heads * int(logits) + 6 * kv_heads * moments)
