@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import log_softmax, nll_loss
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -124,8 +124,8 @@ def token_losses(model: LlamaForCausalLM, sequences: Tensor, positions: Tensor |
 def _cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     """Losses fp32 [B, n] for hidden [B, n, width] and labels int64 [B, n]."""
     # Tokens in rows: over a vocabulary that is not the last dimension PyTorch's softmax is many times slower on a GPU.
-    logits = head(hidden).float().flatten(0, 1)
-    return cross_entropy(logits, labels.flatten(), reduction="none").view_as(labels)
+    log_p = log_softmax(head(hidden).flatten(0, 1), -1, dtype=torch.float32)  # without an fp32 copy of the logits
+    return nll_loss(log_p, labels.flatten(), reduction="none").view_as(labels)
 
 
 @torch.no_grad()

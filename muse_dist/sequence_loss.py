@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import log_softmax, nll_loss, pad
 from torch.utils.checkpoint import checkpoint
 
 from muse_dist.layout import Layout
@@ -63,8 +63,8 @@ def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _part_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return cross_entropy(logits.to(dtype), labels, ignore_index=IGNORED, reduction="sum")
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # on a GPU without a copy of the logits in it
+    return nll_loss(log_softmax(logits, -1, dtype=dtype), labels, ignore_index=IGNORED, reduction="sum")
 
 
 class _SharedMean(torch.autograd.Function):
