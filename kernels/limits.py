@@ -44,3 +44,14 @@ def largest_leaf(dim: int, dtype: torch.dtype, device: torch.device) -> int:
         if capability[0] not in (9, 10):
             leaf, row = MIDDLE if capability in ((8, 0), (8, 7)) else SMALL
     return leaf // row_bytes if row_bytes <= row else 0
+
+
+# Query means that a group chooses its leaves with: 1 chooses worse, 16 a little better at four times the cost. Where a
+# tolerance decides, 2 cost as much accuracy as a slightly lower tolerance brings back, and half the time.
+PROBES, JUDGES = 4, 2
+
+
+def probe_count(rows: int, judged: bool) -> int:
+    """Probes of a group of `rows` query rows, the means of as many equal runs; `judged`: a tolerance decides."""
+    count = JUDGES if judged else PROBES
+    return count if rows % count == 0 else 1

@@ -20,6 +20,7 @@ from muse_dist.kernels.clustering import bisect, principal_axes
 from muse_dist.kernels.leaf_moments import (
     NEG_INF, Acceptance, Moments, exp_from, merge_moments, moments, moments_backward, tilt,
 )
+from muse_dist.kernels.limits import probe_count
 
 __all__ = [
     "Acceptance", "Moments", "bisect", "far_field", "far_field_backward", "hidden_leaves", "mean_rows", "merge",
@@ -27,7 +28,6 @@ __all__ = [
     "open_leaves", "opened_leaves", "opened_leaves_backward", "principal_axes", "tilt",
 ]
 
-PROBES = 4  # query means a group chooses its leaves with: 1 chooses worse, 16 a little better at four times the cost
 UNSEEN = 0.1  # of a leaf's share: the error that a right mass does not show, as rows differ from their mean
 
 
@@ -54,7 +54,7 @@ def open_leaves(
         int64 [..., U, sinks + min(opened, J)]: leaf ids, all different; -1 where there is nothing left to open.
     """
     size, count = q.shape[-2], k.shape[-3]
-    runs = PROBES if size % PROBES == 0 else 1
+    runs = probe_count(size, accept is not None)
     if row_valid is None:
         row_valid = torch.ones(q.shape[:-1], dtype=torch.bool, device=q.device)
     row_valid = row_valid.unflatten(-1, (runs, -1))

@@ -60,7 +60,7 @@ def backward_tiles(dim: int, dtype: torch.dtype) -> BackwardTiles:
     """Pinned tiles of the far field's backward for head dim `dim`; half precision up to 128 was measured on an H200."""
     row_bytes = padded(dim) * dtype.itemsize
     if row_bytes <= 128:
-        return BackwardTiles(Tile(64, 32, 4, 2), Tile(64, 64, 4, 3), Tile(128, 64, 4, 2))
+        return BackwardTiles(Tile(64, 128, 4, 2), Tile(128, 64, 4, 2), Tile(128, 64, 4, 2))
     if row_bytes <= 256:
         return BackwardTiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 3), Tile(64, 128, 8, 2))
     return BackwardTiles(*[backward_tile(dim, dtype)] * 3)

@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muse_dist.kernels.limits import ceil_div, power_of_two
+from muse_dist.kernels.limits import ceil_div, power_of_two, probe_count
 from muse_dist.kernels.plain_blocks import Acceptance, Sight
-from muse_dist.kernels.reference import PROBES
 from muse_dist.kernels.triton_accept import masses_to_errors
 from muse_dist.kernels.triton_common import (
     LOG2E, PRECISION, Tile, check_kernel_inputs, flags, keep_heads, load_rows, padded, sees, side, store_rows,
@@ -69,7 +68,7 @@ def _open_best(
 ) -> None:
     """Write the leaves that are no sinks, slab by slab, into `out` of `open_leaves`."""
     heads, (blocks, groups, size, dim), (leaves, leaf) = q.shape[:2].numel(), q.shape[2:], k.shape[2:4]
-    runs = PROBES if size % PROBES == 0 else 1
+    runs = probe_count(size, accept is not None)
     count = groups * runs
     probe, live = _probes(q, row_valid, runs, scale)
     k, held = keep_heads(k)

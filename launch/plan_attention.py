@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from muse_dist import MuseConfig, flops
-from muse_dist.kernels.reference import PROBES
+from muse_dist.kernels.limits import probe_count
 from muse_dist.layout import Layout, LayoutName, block_count
 
 # Matrix products of a pair, forward and backward.
@@ -118,7 +118,7 @@ def _add_far(
     chosen = min(flops.opened_at_most(config), max(leaves - pinned, 0))
     weighed = keys + (config.halo + 1) * config.block if config.tolerance else keys
     sinks = config.sinks if local + remote else 0
-    probes = PROBES if config.group % PROBES == 0 else 1
+    probes = probe_count(config.group, config.tolerance > 0)
     for stage, pairs in (
             ("far field", rows * (leaves + remote * (config.block // config.remote_leaf))),
             ("opened leaves", rows * (chosen + sinks) * config.leaf),

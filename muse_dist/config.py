@@ -170,7 +170,7 @@ class MuseConfig:
     @classmethod
     def accurate(cls, **changes: Any) -> MuseConfig:
         """Within 0.008 nats of exact attention without retraining, up to 64k tokens on one model (launch/results)."""
-        return cls(**{"leaf": 128, "anchors": 2, "opened": 32, "tolerance": 0.003, **changes})
+        return cls(**{"leaf": 128, "anchors": 2, "opened": 16, "tolerance": 0.004, **changes})
 
     def exact(self, tokens: int, chunk: int) -> MuseConfig:
         """These settings with which nothing is far: attention over `tokens` tokens is exact, on ranks too.

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from muse_dist.config import MuseConfig
-from muse_dist.kernels.limits import ceil_div
-from muse_dist.kernels.reference import PROBES
+from muse_dist.kernels.limits import ceil_div, probe_count
 from muse_dist.layout import block_count, is_far
 
 # Matrix products of a pair, forward and backward. Backward computes the logits again, and the moments with them.
@@ -37,7 +36,7 @@ def attention_pairs(config: MuseConfig, heads: int, kv_heads: int, tokens: int) 
     """Pairs of one sequence by stage. Of a causal block with itself, half the square."""
     found = dict.fromkeys(PRODUCTS, 0.0)
     count = block_count(tokens, config.block)
-    probes = PROBES if config.group % PROBES == 0 else 1
+    probes = probe_count(config.group, config.tolerance > 0)
     sizes = [min(config.block, tokens - i * config.block) for i in range(count)]
     for i, rows in enumerate(sizes):
         last = i if config.causal else i + config.halo

@@ -6,7 +6,7 @@ import torch
 
 from muse_dist.kernels import plain_blocks, triton_open
 from muse_dist.kernels.plain_blocks import Sight
-from muse_dist.kernels.reference import PROBES
+from muse_dist.kernels.limits import PROBES
 from muse_dist.kernels.triton_common import Tile
 
 GPU = torch.cuda.is_available()

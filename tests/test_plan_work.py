@@ -11,6 +11,7 @@ from launch.plan_attention import PRODUCTS, Case, attention_work
 from launch.plan_model import Shape, memory
 from muse_dist import MuseConfig
 from muse_dist.kernels import reference
+from muse_dist.kernels.limits import PROBES
 from muse_dist.layout import Layout, chunk_pairs, is_far, is_near
 from muse_dist.tree import make_plan
 
@@ -111,7 +112,7 @@ def test_products_of_a_pair_are_those_of_the_reference():
     assert (forward, backward) == tuple(2 * n * dim * anchors * 12 * 2 * size for n in PRODUCTS["opened leaves"])
 
     found, _ = counted(reference.open_leaves, grouped, leaf_k, torch.ones(leaves, dtype=torch.bool), 2, 0, 0.1)
-    assert found == 2 * PRODUCTS["choice"][0] * dim * anchors * reference.PROBES * leaves * size
+    assert found == 2 * PRODUCTS["choice"][0] * dim * anchors * PROBES * leaves * size
 
 
 def small_model():
