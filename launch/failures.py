@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 LENGTH = 300  # characters of a reason
+ENDED = re.compile(r"^ *rank +: (\d+).*?^ *exitcode +: (-?\d+)", re.DOTALL | re.MULTILINE)  # in torchrun's report
 # What PyTorch puts before the lines of a rank.
 RANK = re.compile(r"\[rank(\d+)\]: ?")
 TRACEBACK = "Traceback (most recent call last):"
@@ -79,15 +80,23 @@ def exceptions(log: str) -> list[Said]:
 
 
 def _died(log: str, said: list[Said]) -> str | None:
-    """How the rank that torchrun saw fail first ended, if that rank has said nothing itself."""
-    report = re.search(r"Root Cause.*?^ *rank +: (\d+).*?^ *exitcode +: (-?\d+)", log, re.DOTALL | re.MULTILINE)
-    # An exception without a rank was raised before there was a group; it may be this one's.
-    if report is None or any(found.rank in (None, int(report[1])) for found in said):
+    """How the rank that torchrun saw fail first ended, or another that failed, if that rank has said nothing itself.
+
+    Ranks that wait in an exchange fail at once when another is gone: torchrun may see them first, but they do say so.
+    """
+    root = ENDED.search(log, max(log.find("Root Cause"), 0)) if "Root Cause" in log else None
+    spoke = {found.rank for found in said}
+    # An exception without a rank was raised before there was a group; it may be that of any of them.
+    if root is None or None in spoke:
         return None
-    status = int(report[2])
+    others = [end for end in ENDED.findall(log) if int(end[1]) != -signal.SIGTERM]  # torchrun ends the rest so
+    silent = [end for end in (root.groups(), *others) if int(end[0]) not in spoke]
+    if not silent:
+        return None
+    rank, status = silent[0][0], int(silent[0][1])
     how = f"died of {_signal(-status)}" if status < 0 else f"ended with status {status}"
     words = _last_words(log)
-    return f"rank {report[1]} {how}{f': {words}' if words else ''}"
+    return f"rank {rank} {how}{f': {words}' if words else ''}"
 
 
 def _last_words(log: str) -> str | None:

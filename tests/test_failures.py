@@ -51,6 +51,19 @@ Root Cause (first observed failure):
   rank      : 2 (local_rank: 2)
   exitcode  : {status} (pid: 7)
 """
+# Rank 1 ended, and rank 0 noticed before torchrun looked.
+AT_ONCE = """[rank0]: Traceback (most recent call last):
+[rank0]: RuntimeError: Connection closed by peer
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+Failures:
+[1]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : {status} (pid: 8)
+Root Cause (first observed failure):
+[0]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : -6 (pid: 7)
+"""
 CHAINED = """[rank1]: Traceback (most recent call last):
 [rank0]: Traceback (most recent call last):
 [rank1]:   File "a.py", line 1
@@ -94,3 +107,9 @@ def test_a_refused_command_and_a_signal_are_said():
 
 def test_exceptions_belong_to_ranks():
     assert exceptions(CHAINED) == [("late.Unlucky: second", 0), ("RuntimeError: no 'a'; other", 1)]
+
+
+def test_a_rank_without_a_word_is_named_also_where_another_was_seen_first():
+    assert first_failure(AT_ONCE.format(status=70)) == "rank 1 ended with status 70"
+    assert first_failure(AT_ONCE.format(status=-9)) == "rank 1 died of SIGKILL"
+    assert first_failure(AT_ONCE.format(status=-15)) == "RuntimeError: Connection closed by peer", "torchrun ended it"
