@@ -124,6 +124,7 @@ def _orders(
 
     Both trees split along the principal axes of the keys. Queries are measured in units of what they do to the logits,
     the spread of the keys along each axis, and by direction only: that is what decides which leaves matter to them.
+    Where all queries of a block share an anchor and no group chooses, their order says nothing, and they keep it.
     """
     exists = torch.ones(1, 1, dtype=torch.bool, device=keys.device) if valid is None else valid
     axes, spread = ops.principal_axes(keys, exists.expand(*keys.shape[2:4]), min(AXES, keys.shape[-1]))
@@ -132,7 +133,18 @@ def _orders(
     if first and config.sinks:  # the first block once more, its sinks kept in place: cheaper than copies of the others
         sinks = config.sinks * config.leaf
         key_order[:, :, :1] = ops.bisect(points[:, :, :1], part, sinks, None if valid is None else valid[:1])
+    if config.anchors == 1 and not config.opened:
+        return key_order, _as_they_stand(rows, valid)
     return key_order, ops.bisect(ops.project(rows, axes, spread), config.group, 0, _per_row(valid, rows.shape[3]))
+
+
+def _as_they_stand(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """The order int64 [B, K, n, G * b] that leaves rows [B, K, n, G * b, D] where they are, but puts padding last."""
+    order = torch.arange(rows.shape[3], device=rows.device)
+    missing = _per_row(valid, rows.shape[3])
+    if missing is not None:
+        order = (~missing).to(torch.int8).argsort(dim=-1, stable=True)
+    return order.expand(rows.shape[:4]).contiguous()
 
 
 def _per_row(valid: Tensor | None, rows: int) -> Tensor | None:

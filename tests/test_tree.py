@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muse_dist import MuseConfig, muse_attention
+from muse_dist.attention import attend
 from muse_dist.tree import has_far_field, make_plan
 from tests.brute import assert_close, far_blocks, leaf_tokens, random_inputs
 
@@ -224,3 +225,18 @@ def test_one_group_a_block_keeps_the_strides_that_compilers_expect():
     config = small(group=8, anchors=1)
     q, k, _ = random_inputs(3, 2, 2, 2, 45, 5)
     torch.library.opcheck(torch.ops.muse_dist.plan, (q, k, 0.4, config.encoded))
+
+
+@pytest.mark.parametrize("length", [32, 45])
+def test_queries_that_need_no_order_keep_theirs(length):
+    """One anchor a block and nothing to choose: any order of the queries gives the same, so none is looked for."""
+    config = small(anchors=1, opened=0)
+    q, k, v = random_inputs(length, 2, 4, 2, length, 6)
+    plan = plan_for(q, k, config, 0.4)
+    assert_well_formed(plan, q, k, config)
+    assert torch.equal(plan.query_order[:, :, 0], torch.arange(16).expand(2, 2, -1))
+    other = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(length // 8)])
+    moved = plan.query_order.clone()
+    moved[:, :, :len(other)] = other
+    out, again = (attend(q, k, v, x, config, 0.4) for x in (plan, plan._replace(query_order=moved)))
+    assert_close(out, again, 1e-12)
