@@ -21,7 +21,7 @@ from launch.engine import check_engine
 from launch.flops import peak_flops
 from launch.plan import calibrated
 from launch.plan_machine import known_gpu, known_machine
-from launch.plan_model import STATE_BYTES, Shape
+from launch.plan_model import Shape
 from launch.plan_rows import read_rows
 from launch.plan_step import predict, setup_of
 from launch.ranks import Ranks
@@ -38,7 +38,7 @@ LEAST_FILES = 4096  # that a process may have open: sockets to other ranks are f
 LEAST_SHARED = 1 << 30  # bytes of /dev/shm, through which NCCL's ranks of a node meet
 SLOW_CHECKPOINT = 300.0  # seconds
 NCCL_BRAKES = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "CUDA_LAUNCH_BLOCKING": "1"}
-CHECKPOINT_BYTES = STATE_BYTES - 4  # of a parameter: gradients are not kept
+CHECKPOINT_BYTES = 12  # of a parameter: fp32 weight and two moments of AdamW
 
 Level = Literal["ok", "warning", "problem"]
 

@@ -72,13 +72,13 @@ def calibrated(machine: Machine, rows: Rows, dim: int, engine: str = "torch") ->
 
 
 def held_out_errors(machine: Machine, rows: Rows) -> dict[str, np.ndarray]:
-    """Relative errors of rows that the fit has not seen: "layers", "steps" of PyTorch and "deepspeed steps"."""
+    """Relative errors of rows that the fit has not seen: "layers", and the steps of each engine."""
     kept, held = split_rows(rows)
     errors: dict[str, list[float]] = {}
     for dim in sorted({layer.case.dim for layer in held.layers}):
         _, rates = fit_rates(machine, kept, dim)
         errors.setdefault("layers", []).extend(layer_errors(rates, [x for x in held.layers if x.case.dim == dim]))
-    for engine, kind in (("torch", "steps"), ("deepspeed", "deepspeed steps")):
+    for engine, kind in (("torch", "steps"), ("deepspeed", "deepspeed steps"), ("megatron", "megatron steps")):
         same = replace(kept, steps=[step for step in kept.steps if step.engine == engine])
         steps = [step for step in held.steps if step.engine == engine]
         for dim in sorted({step.setup.shape.dim for step in steps}):
@@ -169,7 +169,8 @@ def table(config: RunConfig, found: Sequence[Prediction], context: int, machine:
 
 def crossover_text(setup: Setup, machine: Machine, rates: Rates) -> str:
     """From which context on MuSe is predicted to be faster, on the GPUs that share a sequence."""
-    alone = replace(setup, world=setup.cp, batch=setup.batch // setup.sets, sharded=setup.sharded and setup.cp > 1)
+    alone = replace(setup, world=setup.cp, batch=setup.batch // setup.sets,
+                    scheme="whole" if setup.scheme == "sharded" and setup.cp == 1 else setup.scheme)
     layer, step = overtakes(alone, machine, rates)
     words = ["never up to 4M tokens" if tokens is None else f"from {tokens} tokens on" for tokens in (layer, step)]
     return (f"{setup.cp} GPU(s) a sequence: MuSe is faster than exact attention: the layer {words[0]}, the step "

@@ -17,12 +17,12 @@ ROUNDS = 2
 
 
 def fit_steps(machine: Machine, rates: Rates, steps: Sequence[Step], engine: str = "torch") -> Rates:
-    """Rates fitted to the steps of one engine: `engine`, or where there are none PyTorch's, or DeepSpeed's.
+    """Rates fitted to the steps of one engine: `engine`, or where there are none PyTorch's, DeepSpeed's or Megatron's.
 
     How fast the GPU is follows by least squares, how fast the host is by search: it counts only where it is the slower
     of the two. The time to start MuSe's kernels is looked for too where no measured layer was so short that it shows.
     """
-    measured = [[step for step in steps if step.engine == name] for name in (engine, "torch", "deepspeed")]
+    measured = [[step for step in steps if step.engine == name] for name in (engine, "torch", "deepspeed", "megatron")]
     steps = next(filter(None, measured), [])
     if not steps:
         return rates

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from launch.config import ModelConfig
 from launch.model import LOGITS
 from muse_dist import MuseConfig
 
-STATE_BYTES = 16  # of a parameter: fp32 weight, gradient and two moments of AdamW
+BUCKETS = 2 * 4.0 * 500_000_000  # bytes of gradients that ZeRO 1 and 2 collect: two buckets of DeepSpeed's default size
 OPTIMIZER_BYTES = 40  # read and written of a parameter in a step: 12 to clip its gradient, 28 by AdamW
 LOGIT_BYTES = 14  # of a logit while its loss is computed: bf16 and fp32, and the gradients of both
 
@@ -73,6 +74,25 @@ class Shape:
         return kept
 
 
+class Scheme(NamedTuple):
+    """What GPUs do with a model's state, in bytes of a parameter: AdamW's two moments are 8, fp32 weights 4."""
+
+    whole: float  # held by every GPU
+    split: float  # held by all GPUs together
+    weights: float  # received by a GPU in a step, or in every pass if weights are split
+    gradients: float  # received by a GPU in a step
+
+
+# By what `launch.train` does. ZeRO 1 and 2 update an fp32 copy of the weights; Megatron's weights are bf16 beside it.
+SCHEMES = {
+    "whole": Scheme(16, 0, 0, 8),  # torch: gradients are summed everywhere
+    "sharded": Scheme(0, 16, 4, 4),  # torch's FSDP, ZeRO 3: bf16 weights travel forward and backward
+    "zero1": Scheme(8, 12, 4, 4),
+    "zero2": Scheme(4, 16, 4, 4),
+    "megatron": Scheme(6, 12, 2, 4),
+}
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes a GPU needs at its peak."""
@@ -88,19 +108,22 @@ class Memory:
         return self.state + self.copies + self.activations + self.logits
 
 
-def memory(shape: Shape, muse: MuseConfig | None, tokens: int, *, world: int, sharded: bool, recompute: bool) -> Memory:
+def memory(shape: Shape, muse: MuseConfig | None, tokens: int, *, world: int, scheme: str, recompute: bool) -> Memory:
     """What a GPU holds that reads `tokens` tokens at a time.
 
     Args:
-        world: all ranks; `sharded` splits the state over them.
+        world: all ranks, over which the scheme of that name splits the state.
     """
-    parts = world if sharded else 1
-    if sharded:  # two layers and the embedding are there whole, in bf16
+    state = (SCHEMES[scheme].whole + SCHEMES[scheme].split / world) * shape.parameters
+    copies = 2.0 * shape.parameters  # autocast's bf16 weights
+    if scheme == "sharded":  # two layers and the embedding are there whole, in bf16
         copies = 2.0 * (2 * shape.layer_matrices + shape.vocabulary * shape.width) * 2
+    elif scheme == "whole":
+        copies += 4.0 * shape.parameters if world > 1 else 0.0
     else:
-        copies = 2.0 * shape.parameters + (4.0 * shape.parameters if world > 1 else 0.0)
+        copies = 0.0 if scheme == "megatron" else copies + BUCKETS
     layer = tokens * shape.layer_bytes(muse)
     # One layer's gradients are there with its activations while the backward is in it.
     kept = tokens * shape.layers * 4.0 * shape.width + 2 * layer if recompute else (shape.layers + 1) * layer
     logits = min(tokens, LOGITS) * shape.vocabulary * LOGIT_BYTES
-    return Memory(STATE_BYTES * shape.parameters / parts, copies, kept, float(logits))
+    return Memory(state, copies, kept, float(logits))

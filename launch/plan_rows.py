@@ -14,7 +14,7 @@ import numpy as np
 from launch.plan_attention import Case, attention_work
 from launch.plan_machine import Machine, in_name
 from launch.plan_rates import Rates, assumed_rates, fit, fit_layers, layer_seconds, priced
-from launch.plan_step import Step, bench_step, is_planned, scaling_step
+from launch.plan_step import Step, bench_step, scaling_step
 from muse_dist import MuseConfig
 
 Row = dict[str, Any]
@@ -58,8 +58,7 @@ def read_rows(paths: Iterable[Path], device: str) -> Rows:
     """The usable rows of JSON-lines files (or of folders of them) whose device's name has the word `device`.
 
     Left out are rows that failed, or failed their check, and what is not planned: attention that is not causal,
-    windows, rivals over several ranks but torch's context parallelism in a step, engines that split some of a model's
-    state and not all; and CUDA graphs beside other rows.
+    windows, rivals over several ranks but torch's context parallelism in a step; and CUDA graphs beside other rows.
 
     Raises:
         ValueError: a line is no JSON object. OSError: a file cannot be read.
@@ -113,9 +112,7 @@ def _layer(row: Row) -> Layer | None:
 def _step(row: Row) -> Step | None:
     """The step of a row of launch.scaling, or of `launch.bench step` with an attention that is planned."""
     if row.get("benchmark") == "scaling":
-        settings = row["config"]
-        engine, stage = settings["train"].get("engine", "torch"), settings.get("deepspeed", {}).get("stage")
-        return scaling_step(row) if is_planned(engine, stage) else None
+        return scaling_step(row)
     if "step_seconds" in row and row["attention"] in ("moments", "kv", "torch-cp"):
         return bench_step(row)
     return None

@@ -10,7 +10,7 @@ from typing import Any
 from launch.config import DataConfig, DeepSpeedConfig, ModelConfig, RunConfig, TrainConfig
 from launch.plan_attention import Case, attention_work
 from launch.plan_machine import Machine
-from launch.plan_model import OPTIMIZER_BYTES, Memory, Shape, memory
+from launch.plan_model import OPTIMIZER_BYTES, SCHEMES, Memory, Shape, memory
 from launch.plan_rates import ELEMENTWISE_MOVES, Rates, layer_seconds
 from muse_dist import MuseConfig, traffic
 from muse_dist.kernels.limits import ceil_div
@@ -38,7 +38,7 @@ class Setup:
     micro: int  # sequences that go through the model at a time
     world: int
     cp: int
-    sharded: bool
+    scheme: str  # one of SCHEMES
     recompute: bool
     layout: LayoutName = "zigzag"
 
@@ -70,30 +70,25 @@ def setup_of(config: RunConfig, world: int, *, exact: bool, context: int | None 
     """The step that `launch.train` does with these settings on `world` GPUs.
 
     Raises:
-        ValueError: it cannot, or its engine is not planned.
+        ValueError: it cannot.
     """
-    train, sharded = config.train, is_sharded(config)
+    train = config.train
     size = cp or train.context_parallel or world
     batch = batch or train.batch
     mine = max(batch // max(world // size, 1), 1)
     return Setup(Shape.of(config.model), config.muse, exact, context or config.data.context, batch,
-                 min(train.micro_batch or mine, mine), world, size, sharded and world > 1, train.recompute,
+                 min(train.micro_batch or mine, mine), world, size, scheme_of(config, world), train.recompute,
                  config.layout)
 
 
-def is_planned(engine: str, stage: int | None) -> bool:
-    """Whether there is a plan for `train.engine` with `deepspeed.stage`: all of a model's state is split, or none."""
-    return engine == "torch" or (engine == "deepspeed" and stage == 3)
-
-
-def is_sharded(config: RunConfig) -> bool:
-    """Whether the engine splits weights, gradients and optimizer over all GPUs; ValueError if it is not planned."""
-    engine = config.train.engine
-    if is_planned(engine, config.deepspeed.stage):
-        return config.train.shard or engine == "deepspeed"
-    stage = f" with deepspeed.stage={config.deepspeed.stage}" if engine == "deepspeed" else ""
-    raise ValueError(f"train.engine={engine!r}{stage} is not planned: it splits the optimizer and not the weights. "
-                     "Plan train.engine='torch', or 'deepspeed' with deepspeed.stage=3")
+def scheme_of(config: RunConfig, world: int) -> str:
+    """How the engine splits weights, gradients and optimizer over `world` GPUs: a name of SCHEMES."""
+    engine, stage = config.train.engine, config.deepspeed.stage
+    if engine == "megatron":
+        return engine
+    if engine == "deepspeed" and stage < 3:
+        return f"zero{stage}"
+    return "sharded" if world > 1 and (config.train.shard or engine == "deepspeed") else "whole"
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ class Step:
 
 
 def scaling_step(row: Mapping[str, Any]) -> Step:
-    """The step that a row of launch.scaling measured; ValueError if its engine is not planned."""
+    """The step that a row of launch.scaling measured."""
     settings = row["config"]
     config = RunConfig("row", model=ModelConfig(**{**settings["model"], "vocabulary": row["vocabulary"]}),
                        train=TrainConfig(**settings["train"]), data=DataConfig(**settings["data"]),
@@ -173,7 +168,7 @@ def predict(setup: Setup, machine: Machine, rates: Rates) -> Prediction:
     terms["waiting for the host"] = max(0.0, host_seconds(setup, rates) - meanwhile)
     local = setup.context // setup.cp
     held = memory(setup.shape, None if setup.exact else setup.muse, setup.micro * local, world=setup.world,
-                  sharded=setup.sharded, recompute=setup.recompute)
+                  scheme=setup.scheme, recompute=setup.recompute)
     received = {"context": _sequences(setup) * setup.shape.layers * sum(layer_traffic(setup)),
                 "weights and gradients": sum(_state_traffic(setup))}
     return Prediction(setup, terms, held, received)
@@ -187,7 +182,7 @@ def other_work(setup: Setup) -> dict[str, float]:
     moves = ELEMENTWISE_MOVES * (4 / 3 if setup.recompute else 1.0)
     return {"dense": shape.step_flops(tokens, local, setup.recompute),
             "elementwise": moves * shape.layers * kept * tokens,
-            "optimizer": OPTIMIZER_BYTES * shape.parameters / (setup.world if setup.sharded else 1),
+            "optimizer": OPTIMIZER_BYTES * shape.parameters / (1 if setup.scheme == "whole" else setup.world),
             "fixed": 1.0}
 
 
@@ -254,19 +249,25 @@ def _context_seconds(setup: Setup, machine: Machine, rates: Rates) -> float:
 def _state_traffic(setup: Setup) -> tuple[float, float]:
     """Bytes of weights and of gradients that a GPU receives in a step."""
     share = (setup.world - 1) / setup.world * setup.shape.parameters
-    if setup.sharded:  # bf16 weights forward and backward of every pass, fp32 gradients once
-        return 4.0 * share * setup.passes, 4.0 * share
-    return 0.0, 8.0 * share
+    scheme = SCHEMES[setup.scheme]
+    return scheme.weights * share * (setup.passes if setup.scheme == "sharded" else 1), scheme.gradients * share
 
 
 def _state_seconds(setup: Setup, machine: Machine, rates: Rates) -> float:
-    """Exposed time: all travels while the step computes, except one layer's share, which comes first or last."""
-    travel = machine.ring_seconds(sum(_state_traffic(setup)), setup.world, setup.shape.layers)
+    """Exposed time: all travels while the step computes, except one layer's share, which comes first or last.
+
+    Weights that only the optimizer splits travel when it is done.
+    """
+    weights, gradients = _state_traffic(setup)
+    after = 0.0
+    if setup.scheme not in ("whole", "sharded"):
+        after, weights = machine.ring_seconds(weights, setup.world, 1), 0.0
+    travel = machine.ring_seconds(weights + gradients, setup.world, setup.shape.layers)
     work = other_work(setup)
     computing = work["dense"] * rates.step["dense"] + work["elementwise"] * rates.step["elementwise"]
-    if not setup.sharded:
+    if setup.scheme != "sharded":
         computing *= 2 / 3 / setup.passes  # gradients wait for the last backward
-    return max(travel / setup.shape.layers, travel - computing)
+    return after + max(travel / setup.shape.layers, travel - computing)
 
 
 def overtakes(setup: Setup, machine: Machine, rates: Rates, longest: int = 1 << 22) -> tuple[int | None, int | None]:

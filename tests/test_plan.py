@@ -38,13 +38,31 @@ def test_gpus_are_told_apart_by_whole_words(tmp_path):
     assert len(read_rows([path], "H200")) == 0
 
 
-def test_an_engine_is_planned_as_it_splits_the_model_or_not_at_all():
+def test_an_engine_is_planned_as_it_splits_the_model():
     zero = {"train.shard": False, "train.engine": "deepspeed", "deepspeed.stage": 3}
     assert large(**zero)(4) == large()(4), "the file shards with PyTorch"
-    assert not large(**{"train.shard": False})(4).sharded and not large(**zero)(1).sharded
-    for engine, stage in (("deepspeed", 2), ("megatron", 2)):
-        with pytest.raises(ValueError, match=f"train.engine='{engine}'.* is not planned: .*deepspeed.stage=3"):
-            large(**{**zero, "train.engine": engine, "deepspeed.stage": stage})(4)
+    assert large(**{"train.shard": False})(4).scheme == large(**zero)(1).scheme == "whole"
+    found = {}
+    for engine, stage in (("torch", 2), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("megatron", 2)):
+        setup = large(**{**zero, "train.engine": engine, "deepspeed.stage": stage})(4)
+        one = predict(setup, H200, assumed_rates(H200))
+        found[setup.scheme] = [one.memory.state / setup.shape.parameters,
+                               one.received["weights and gradients"] / setup.shape.parameters / (3 / 4)]
+        assert one.terms["optimizer"] == pytest.approx(
+            (1 if engine == "torch" else 1 / 4) * predict(large()(1), H200, assumed_rates(H200)).terms["optimizer"])
+    passes = large()(4).passes
+    # Bytes of a parameter: weights 4 (Megatron 2), gradients 4, AdamW's moments 8, and an fp32 copy to update.
+    assert found == {"whole": [16, 8], "zero1": [4 + 4 + 12 / 4, 4 + 4], "zero2": [4 + (4 + 12) / 4, 4 + 4],
+                     "sharded": [16 / 4, 4 * passes + 4], "megatron": [2 + 4 + 12 / 4, 2 + 4]}
+
+
+def test_weights_that_only_the_optimizer_splits_travel_after_it():
+    """ZeRO 1 sends as many bytes as sums of gradients do, but half of them with nothing to hide behind."""
+    rates = assumed_rates(H200)
+    one, other = (predict(large(**{"train.shard": False, "train.engine": engine})(4), H200, rates)
+                  for engine in ("torch", "deepspeed"))
+    assert sum(other.received.values()) == sum(one.received.values())
+    assert other.terms["weights and gradients"] > 2 * one.terms["weights and gradients"]
 
 
 def test_traffic_is_that_of_the_layer():

@@ -63,7 +63,7 @@ def test_steps_of_deepspeed_have_a_fit_of_their_own(tmp_path):
     assert errors.keys() == {"deepspeed steps"} and np.abs(errors["deepspeed steps"]).max() < 0.02
 
 
-def test_rows_of_engines_that_are_not_planned_are_left_out(tmp_path):
+def test_rows_of_every_engine_are_read(tmp_path):
     row = made_rows(lambda: 1.0)[-1]
 
     def of(engine, stage):
@@ -72,7 +72,8 @@ def test_rows_of_engines_that_are_not_planned_are_left_out(tmp_path):
 
     path = write_rows(tmp_path / "rows.jsonl", [of("torch", 2), of("megatron", 2), of("deepspeed", 1),
                                                 of("deepspeed", 3)])
-    assert sorted(step.engine for step in read_rows([path], "H200").steps) == ["deepspeed", "torch"]
+    found = [(step.engine, step.setup.scheme) for step in read_rows([path], "H200").steps]
+    assert sorted(found) == [("deepspeed", "whole"), ("deepspeed", "zero1"), ("megatron", "megatron"), ("torch", "whole")]
 
 
 def test_graphs_count_only_where_there_is_nothing_else(tmp_path):

@@ -166,10 +166,10 @@ def test_bytes_kept_by_a_layer_are_those_autograd_keeps(model):
 
 def test_memory_shards_the_state_and_recomputes_the_rest():
     shape = Shape.of(MODEL)
-    one = memory(shape, None, 512, world=1, sharded=False, recompute=False)
-    many = memory(shape, None, 512, world=8, sharded=True, recompute=True)
+    one = memory(shape, None, 512, world=1, scheme="whole", recompute=False)
+    many = memory(shape, None, 512, world=8, scheme="sharded", recompute=True)
     assert one.state == 16 * shape.parameters and many.state == one.state / 8
     assert many.activations < one.activations
     assert one.total == one.state + one.copies + one.activations + one.logits
-    longer = memory(shape, None, 1024, world=1, sharded=False, recompute=False)
+    longer = memory(shape, None, 1024, world=1, scheme="whole", recompute=False)
     assert longer.activations == 2 * one.activations
