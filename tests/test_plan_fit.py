@@ -73,7 +73,8 @@ def test_rows_of_every_engine_are_read(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [of("torch", 2), of("megatron", 2), of("deepspeed", 1),
                                                 of("deepspeed", 3)])
     found = [(step.engine, step.setup.scheme) for step in read_rows([path], "H200").steps]
-    assert sorted(found) == [("deepspeed", "whole"), ("deepspeed", "zero1"), ("megatron", "megatron"), ("torch", "whole")]
+    assert sorted(found) == [
+        ("deepspeed", "whole"), ("deepspeed", "zero1"), ("megatron", "megatron"), ("torch", "whole")]
 
 
 def test_graphs_count_only_where_there_is_nothing_else(tmp_path):
