@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muse_dist.kernels.limits import ceil_div
-from muse_dist.kernels.plain_blocks import Acceptance, Sight
+from muse_dist.kernels.plain_blocks import Acceptance, Moments, Sight
 from muse_dist.kernels.reference import UNSEEN
 from muse_dist.kernels.triton_common import LOG2E, Tile, load_rows, load_vector, padded, products, sees, side
 
@@ -31,7 +31,7 @@ def masses_to_errors(
     parts, leaves = accept.leaf.mass.shape[3:]
     tile = _tile(dim, probe.dtype) if tile is None else tile
     rows = side(groups * runs // parts, tile.rows, tile.warps)
-    leaf = accept.leaf
+    leaf = Moments(*(x.contiguous() for x in accept.leaf))
     _judge[some[0] * some[1] * parts * ceil_div(groups * runs // parts, rows),](
         mass, probe, accept.anchor.contiguous(), leaf.mass, leaf.key, leaf.trace, sight.query, sight.key, scale, head,
         block, some[1], blocks, leaves, sight.halo, PROBES=groups * runs, PARTS=parts,
@@ -97,5 +97,6 @@ def _judge(mass, probe, anchor, leaf_mass, key, trace, query_ids, key_ids, scale
                 logit += spread[:, None] * square[None, :]
             used = ok[:, None] & inside[None, :]
             exact = tl.exp2(tl.load(mass + leaf[:, None] * probes, mask=used, other=float("-inf")) - whole[None, :])
-            guess = tl.minimum(tl.exp2(logit - whole[None, :]), 1.0)
+            # What is no number stays none, and its leaf closed.
+            guess = tl.minimum(tl.exp2(logit - whole[None, :]), 1.0, propagate_nan=tl.PropagateNan.ALL)
             tl.store(mass + leaf[:, None] * probes, tl.abs(guess - exact) + _UNSEEN * exact, mask=used)

@@ -39,7 +39,7 @@ def far_field_backward(
     """
     tile = backward_tiles(q.shape[-1], q.dtype) if tile is None else tile
     call = FarCall(q, anchor, leaf, k, v, opened, sight, scale, trace, valid, use)
-    dout, lse, delta = dout.contiguous(), lse.contiguous(), delta.contiguous()
+    q, dout, lse, delta = (x.contiguous() for x in (q, dout, lse, delta))
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     base = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     square = torch.empty_like(base) if trace else None

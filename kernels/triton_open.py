@@ -41,14 +41,16 @@ def open_leaves(
         accept: with `moments` of the leaves about anchors [B, K, n, A, D]. If given, a leaf is opened only where its
             moments get at least the tolerance wrong, as a share of the attention to all leaves that a block sees and
             to those of the blocks it reads exactly, as far as they are among these.
-        tile: launch shape of the products of probes and keys; pinned by head dim and dtype if None.
+        tile: launch shape of the products of probes and keys; pinned by head dim and dtype if None, as those of the
+            errors always are.
     Returns:
         int64 [B, K, n, U, sinks + min(opened, J)]: leaves that the group's block sees, all different, first the sinks
         and then the best; -1 where there is nothing left to open.
     """
     blocks, groups, _, dim = q.shape[2:]
     leaves, leaf = k.shape[2:4]
-    check_kernel_inputs(dim, leaf, q=q, k=k, anchor=None if accept is None else accept.anchor)
+    about = (None, None) if accept is None else (accept.anchor, accept.leaf.key)
+    check_kernel_inputs(dim, leaf, q=q, k=k, anchor=about[0], leaf_key=about[1])
     count, slots = q.shape[:4].numel(), min(opened, leaves)
     out = torch.empty((*q.shape[:4], sinks + slots), dtype=torch.int64, device=q.device)
     shared = {"PER_BLOCK": leaves // sight.key.shape[0], "CAUSAL": sight.causal}

@@ -27,6 +27,7 @@ def opened_backward(
             the merged softmax in base 2, 0 where it is -inf, and sum(dout * out); all contiguous, except k and v.
         readers: `leaf_readers` of the opened leaves; valid: bool [J, m], which keys exist; all if None.
     """
+    assert all(x.is_contiguous() for x in (dout, q, base, delta)), "rows are addressed as they stand in whole tensors"
     leaves, leaf, dim = k.shape[2:]
     (k, held), (v, _) = keep_heads(k), keep_heads(v)
     batch, size = k.shape[0] * k.shape[1], q.shape[4]
