@@ -41,7 +41,8 @@ def read_tiles(path: str) -> dict[str, dict[str, dict[str, list[int]]]]:
     classes = [tiles for gpu in found.values() for tiles in gpu.values()] if _is_table(found, 2) else None
     if classes is None or not all(_is_tile(name, tile) for tiles in classes for name, tile in tiles.items()):
         raise ValueError(f"tiles={path!r}: must hold [rows, keys, warps, stages] by GPU, shape class and operator "
-                         f"({', '.join(OPERATORS)}); write it with `python -m launch.bench tiles`")
+                         f"({', '.join(OPERATORS)}), rows and keys powers of two from 16 to 256, warps 4 or 8; write "
+                         "it with `python -m launch.bench tiles`")
     return found  # type: ignore[no-any-return]
 
 
@@ -50,8 +51,10 @@ def _is_table(x: Any, depth: int) -> bool:
 
 
 def _is_tile(name: str, tile: Any) -> bool:
-    return name in OPERATORS and isinstance(tile, list) and len(tile) == 4 and all(
-        type(x) is int and x > 0 and not x & (x - 1) for x in tile[:3]) and type(tile[3]) is int and tile[3] > 0
+    if name not in OPERATORS or not isinstance(tile, list) or len(tile) != 4 or any(type(x) is not int for x in tile):
+        return False
+    rows, keys, warps, stages = tile
+    return all(16 <= x <= 256 and not x & (x - 1) for x in (rows, keys)) and warps in (4, 8) and 1 <= stages <= 8
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 4 -m launch.bench attention --tokens 65536 262144
     torchrun --standalone --nproc-per-node 4 -m launch.bench exchange --tokens 65536 262144
     python -m launch.bench step --config configs/1b.toml --stage 1
-    python -m launch.bench tiles --dim 128 --out tiles.json
+    python -m launch.bench tiles --dim 128 --set tolerance=0 --set opened=4 --out tiles.json
 
 Each command first checks, in the same processes, that what it times is right, and prints no speed-up where it is not.
 """

@@ -18,6 +18,8 @@ TRACEBACK = "Traceback (most recent call last):"
 CAUSE = ("The above exception was the direct cause", "During handling of the above exception")
 EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(: .*|:?$)")
 NAMED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)(:|$)")
+# What ranks say that had to do with another one, which was gone.
+LOST = re.compile(r"[Cc]onnection|DistBackendError|DistNetworkError|another rank died|exchange '")
 TORCHRUN = "torch.distributed.elastic."  # its own exceptions say only that a rank failed
 # Of processes that end without an exception: C++ (NCCL's watchdog too), Python itself, and launch.guard.
 LAST_WORDS = re.compile(r"\s*what\(\): *(.+)|(Fatal Python error: .+)|(rank \d+: no progress for .+?)\. Where each")
@@ -85,12 +87,14 @@ def _died(log: str, said: list[Said]) -> str | None:
     Ranks that wait in an exchange fail at once when another is gone: torchrun may see them first, but they do say so.
     """
     root = ENDED.search(log, max(log.find("Root Cause"), 0)) if "Root Cause" in log else None
-    spoke = {found.rank for found in said}
     # An exception without a rank was raised before there was a group; it may be that of any of them.
-    if root is None or None in spoke:
+    if root is None or any(found.rank is None for found in said):
         return None
-    others = [end for end in ENDED.findall(log) if int(end[1]) != -signal.SIGTERM]  # torchrun ends the rest so
-    silent = [end for end in (root.groups(), *others) if int(end[0]) not in spoke]
+    words_of_root = [found.line for found in said if found.rank == int(root[1])]
+    ends = [root.groups()] if not words_of_root else []
+    if words_of_root and LOST.search(words_of_root[0]):
+        ends = [end for end in ENDED.findall(log) if int(end[1]) != -signal.SIGTERM]  # torchrun ends the rest so
+    silent = [end for end in ends if all(found.rank != int(end[0]) for found in said)]
     if not silent:
         return None
     rank, status = silent[0][0], int(silent[0][1])

@@ -94,7 +94,8 @@ def _pairs(case: Case, rank: int) -> dict[str, float]:
         everything = max(i - config.halo, 0)  # blocks in the far field
         local = everything if own is not None else bisect_left(sorted(mine), i - config.halo)
         pinned = config.sinks if own is not None or 0 in mine else 0  # leaves here that are no candidates
-        _add_far(found, case, config, local, everything - local, pinned)
+        near = sum(i - config.halo <= j <= i for j in (mine if own is None else range(count)))  # whose keys are here
+        _add_far(found, case, config, local, everything - local, pinned, near)
     if own is None:
         found["remote moments"] = sum(_sent_moments(case, config, chunk, blocks)
                                       for chunk, blocks in chunks.items())
@@ -110,20 +111,26 @@ def _exact_pairs(case: Case, rank: int) -> float:
 
 
 def _add_far(
-    found: dict[str, float], case: Case, config: MuseConfig, local: int, remote: int, pinned: int
+    found: dict[str, float], case: Case, config: MuseConfig, local: int, remote: int, pinned: int, near: int
 ) -> None:
-    """Add what one block of queries does with `local` blocks whose keys are here and `remote` ones that are not."""
+    """Add what one block of queries does with `local` blocks whose keys are here and `remote` ones that are not.
+
+    Where a tolerance decides what is opened, probes weigh the keys of `near` blocks too, and moments are needed for it.
+    """
     rows, keys = case.heads * config.block, local * config.block
     leaves = local * (config.block // config.leaf)
     chosen = min(flops.opened_at_most(config), max(leaves - pinned, 0))
-    weighed = keys + (config.halo + 1) * config.block if config.tolerance else keys
-    sinks = config.sinks if local + remote else 0
     probes = probe_count(config.group, config.tolerance > 0)
+    judged = config.tolerance > 0 and config.opened > 0 and local > 0
+    choice = rows / config.group * probes * (keys + near * config.block if judged else keys)
+    if judged:
+        choice += PRODUCTS["moments"][0] * case.kv_heads * config.anchors * keys
+    sinks = config.sinks if local + remote else 0
     for stage, pairs in (
             ("far field", rows * (leaves + remote * (config.block // config.remote_leaf))),
             ("opened leaves", rows * (chosen + sinks) * config.leaf),
             ("moments", case.kv_heads * config.anchors * keys),
-            ("choice", rows / config.group * probes * weighed if config.opened else 0)):
+            ("choice", choice if config.opened else 0)):
         found[stage] = found.get(stage, 0.0) + pairs
 
 

@@ -54,10 +54,10 @@ class MuseConfig:
         "`block` must be `remote_leaf` times a power of two"))
     opened: int = _option(16, (
         "leaves each group reads exactly at most, besides the sinks: the ones with the largest estimated mass or, with "
-        "`tolerance`, error. Costs N * opened * leaf; the main lever on accuracy after block and halo"))
+        "`tolerance`, error. Costs N * opened * leaf at most; the main lever on accuracy after block and halo"))
     tolerance: float = _option(0.0, (
-        "a leaf is opened only where its moments are estimated to get more than this share of a group's attention "
-        "wrong: few leaves where they do, up to `opened` where they do not. 0 opens `opened` leaves everywhere"))
+        "a leaf is opened only where its moments are estimated to get this share of a group's attention wrong, "
+        "or more: few leaves where they do, up to `opened` where they do not. 0 opens `opened` leaves everywhere"))
     sinks: int = _option(1, (
         "leading leaves of the sequence that every group reads exactly. Some heads keep almost all their mass on the "
         "first tokens; 0 saves little and can cost much accuracy"))
@@ -72,7 +72,8 @@ class MuseConfig:
         "'triton': GPU kernels, from Ampere on; 'torch': plain PyTorch, on any device, fp64 too; 'auto': GPU kernels "
         "wherever they can run, and says once what it took"))
     tiles: str = _option("", (
-        "a file of launch shapes of the GPU kernels that `python -m launch.bench tiles` tuned on this kind of GPU; "
+        "a file of launch shapes of the GPU kernels that `python -m launch.bench tiles` tuned on this kind of GPU, "
+        "which a process reads once; "
         "empty: those pinned in the code, measured on an H200"))
     cuda_graphs: bool = _option(False, (
         "context-parallel ranks record the kernels of their second call with a shape and replay them afterwards: saves "

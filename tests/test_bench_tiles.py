@@ -58,7 +58,7 @@ def test_the_command_writes_what_the_settings_read(tmp_path, monkeypatch, capsys
     settings = [word for name in ("block", "leaf", "group", "anchors", "remote_leaf", "opened", "backend")
                 for word in ("--set", f"{name}={getattr(CONFIG, name)}")]
     bench.main(["tiles", "--out", str(path), "--tokens", "160", "--dim", "16", "--heads", "2", "--device", "cpu",
-                "--dtype", "float32", "--set", "tolerance=0.01", *settings])
+                "--dtype", "float32", *settings, "--set", "tolerance=0"])
     assert "0 unfit" in capsys.readouterr().out
     table = json.loads(path.read_text())
     assert table["another GPU"] == {CLASS: {"moments": [32, 32, 4, 2]}}
@@ -81,7 +81,8 @@ def test_the_command_writes_what_the_settings_read(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("text, message", [
     (None, "cannot be read"), ("{", "cannot be read"), ("[]", r"must hold \[rows"),
     ('{"cpu": {"x": {"far": [16, 16, 4, 1]}}}', r"must hold \[rows"),
-    ('{"cpu": {"x": {"far_field": [16, 24, 4, 1]}}}', r"must hold \[rows"),
+    *((f'{{"cpu": {{"x": {{"far_field": {tile}}}}}}}', r"must hold \[rows") for tile in (
+        [16, 24, 4, 1], [8, 16, 4, 1], [16, 512, 4, 1], [16, 16, 2, 1], [16, 16, 4, 0], [16, 16, 4], [16, 16, 4, 1.5])),
     ('{"cpu": {"x": {"far_field": [16, 16, 4, 1]}}}', f"has none for {CLASS} on cpu; tune them"),
 ])
 def test_files_that_do_not_serve_are_refused(tmp_path, text, message):
@@ -97,3 +98,25 @@ def test_plain_kernels_have_no_tiles(tmp_path):
     q = torch.zeros(1, 1, 160, 16)
     with pytest.raises(ValueError, match="only the GPU kernels have tiles"):
         muse_attention(q, q, q, config=dataclasses.replace(CONFIG, tiles="x.json", backend="torch"))
+
+
+def test_an_operator_that_is_best_as_pinned_loses_its_old_tile(tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"cpu": {CLASS: {"moments": [32, 32, 4, 2], "far_field": [32, 32, 4, 2]}}}))
+    monkeypatch.setattr(bench_tiles, "candidates", lambda dim, dtype: [])
+    monkeypatch.setattr(bench_tiles, "milliseconds", lambda function: 1.0)
+    settings = [word for name in ("block", "leaf", "group", "anchors", "remote_leaf", "opened", "backend")
+                for word in ("--set", f"{name}={getattr(CONFIG, name)}")]
+    command = ["tiles", "--out", str(path), "--tokens", "160", "--dim", "16", "--heads", "1", "--device", "cpu",
+               "--dtype", "float32", "--operators", "moments", *settings]
+    bench.main([*command, "--set", "tolerance=0"])
+    assert json.loads(path.read_text()) == {"cpu": {CLASS: {"far_field": [32, 32, 4, 2]}}}
+    with pytest.raises(SystemExit):
+        bench.main(command)  # Gaussian inputs, of which a tolerance opens nothing
+
+
+def test_choices_agree_by_what_they_open():
+    some = torch.full((100, 33), -1)
+    other = some.clone()
+    other[0, 0] = 3
+    assert bench_tiles._agree(some, some) and not bench_tiles._agree(some, other)

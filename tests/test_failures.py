@@ -113,3 +113,6 @@ def test_a_rank_without_a_word_is_named_also_where_another_was_seen_first():
     assert first_failure(AT_ONCE.format(status=70)) == "rank 1 ended with status 70"
     assert first_failure(AT_ONCE.format(status=-9)) == "rank 1 died of SIGKILL"
     assert first_failure(AT_ONCE.format(status=-15)) == "RuntimeError: Connection closed by peer", "torchrun ended it"
+    for status in (-6, -9):  # NCCL's watchdog, or torchrun, ended the other one, whose fault it was not
+        log = AT_ONCE.format(status=status).replace("RuntimeError: Connection closed by peer", "ValueError: data.path")
+        assert first_failure(log) == "ValueError: data.path"

@@ -9,7 +9,7 @@ from launch.config import DataConfig, ModelConfig, RunConfig
 from launch.model import build_model, recompute_activations
 from launch.plan_attention import PRODUCTS, Case, attention_work
 from launch.plan_model import Shape, memory
-from muse_dist import MuseConfig
+from muse_dist import MuseConfig, flops
 from muse_dist.kernels import reference
 from muse_dist.kernels.limits import PROBES
 from muse_dist.layout import Layout, chunk_pairs, is_far, is_near
@@ -173,3 +173,15 @@ def test_memory_shards_the_state_and_recomputes_the_rest():
     assert one.total == one.state + one.copies + one.activations + one.logits
     longer = memory(shape, None, 1024, world=1, scheme="whole", recompute=False)
     assert longer.activations == 2 * one.activations
+
+
+@pytest.mark.parametrize("changes", [{}, {"tolerance": 0.1}, {"tolerance": 0.1, "halo": 5}, {"opened": 0}], ids=str)
+def test_one_device_does_what_the_operators_count(changes):
+    """Of whole blocks; the moments that a choice is made by, too, and nothing where nothing is far."""
+    config = replace(SMALL, **changes)
+    work = attention_work(Case(4, 2, 8, 6 * config.block, config))
+    q, k = (1, 4, 6 * config.block, 8), (1, 2, 6 * config.block, 8)
+    order = (1,) if config.halo < 5 else (0,)
+    wanted = flops.attend_flops(q, k, k, order, order, order, order, 1.0, config.encoded)
+    wanted += flops.plan_flops(q, k, 1.0, config.encoded)
+    assert sum(n for stage, n in work.forward.items() if stage != "ordering") == pytest.approx(wanted)
