@@ -47,7 +47,7 @@ def largest_leaf(dim: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 # Query means that a group chooses its leaves with: 1 chooses worse, 16 a little better at four times the cost. Where a
-# tolerance decides, 2 cost as much accuracy as a slightly lower tolerance brings back, and half the time.
+# tolerance decides, 2 do: half the products, and +0.0166 nats for +0.0152 (launch.evaluate, preset fast, 65536 tokens).
 PROBES, JUDGES = 4, 2
 
 

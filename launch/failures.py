@@ -86,7 +86,7 @@ def _died(log: str, said: list[Said]) -> str | None:
 
     Ranks that wait in an exchange fail at once when another is gone: torchrun may see them first, but they do say so.
     """
-    root = ENDED.search(log, max(log.find("Root Cause"), 0)) if "Root Cause" in log else None
+    root = ENDED.search(log, log.find("Root Cause")) if "Root Cause" in log else None
     # An exception without a rank was raised before there was a group; it may be that of any of them.
     if root is None or any(found.rank is None for found in said):
         return None

@@ -57,7 +57,7 @@ class MuseConfig:
         "`tolerance`, error. Costs N * opened * leaf at most; the main lever on accuracy after block and halo"))
     tolerance: float = _option(0.0, (
         "a leaf is opened only where its moments are estimated to get this share of a group's attention wrong, "
-        "or more: few leaves where they do, up to `opened` where they do not. 0 opens `opened` leaves everywhere"))
+        "or more: few where the moments serve, up to `opened` where they do not. 0 opens `opened` leaves everywhere"))
     sinks: int = _option(1, (
         "leading leaves of the sequence that every group reads exactly. Some heads keep almost all their mass on the "
         "first tokens; 0 saves little and can cost much accuracy"))

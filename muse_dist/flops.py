@@ -22,8 +22,8 @@ PRODUCTS = {
 }
 
 
-# Of the leaves that a group may open where a tolerance decides, the share that it does: only the device knows. On the
-# trained model of launch/results/2026-11-22-kernels.md the presets opened 1/18 to 1/7 of them.
+# Of the leaves that a group may open where a tolerance decides, the share that it does: only the device knows. At 64k
+# tokens of the trained model of launch/results/2026-11-22-kernels.md the presets opened 1/8 and 1/12 of them.
 FILLED = 1 / 8
 
 

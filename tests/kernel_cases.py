@@ -2,6 +2,7 @@
 
 Half precision is held to what exact attention in that precision makes of the same inputs: at most twice its error.
 """
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +13,10 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DIM = 64 if GPU else 24
 SCALE = 0.3
+QUIET = [
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),  # numpy's log2(0) is meant
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # and so are numbers that are none
+]
 
 
 def normal(*shape, seed, dtype=torch.float64):

@@ -10,11 +10,11 @@ from launch import bench, bench_tiles
 from muse_dist import MuseConfig, muse_attention
 from muse_dist.kernels import tiles, triton_far
 from muse_dist.kernels.triton_common import Tile
+from tests.kernel_cases import QUIET
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tiles of the CPU's interpreter"),
-    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
+    *QUIET,
 ]
 CONFIG = MuseConfig(block=32, leaf=8, group=16, anchors=1, remote_leaf=8, opened=2, backend="triton")
 CLASS = "float32 head dim 16 leaf 16 group 16"

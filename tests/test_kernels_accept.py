@@ -13,20 +13,10 @@ from muse_dist.kernels.limits import JUDGES
 from muse_dist.kernels.reference import UNSEEN
 from muse_dist.kernels.triton_common import Tile
 from muse_dist.tree import make_plan
+from tests.kernel_cases import QUIET
 from tests.test_kernels_open import DEVICE, GPU, LARGE, SCALE, Case
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),  # numpy's log2(0) is meant
-    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # and so are numbers that are none
-]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """What torch.empty returns is NaN or the largest integer: moments out of sight, and masses that nobody writes."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), *QUIET]
 
 
 class Judged(Case):

@@ -8,23 +8,13 @@ from muse_dist.kernels import plain_blocks, triton_open
 from muse_dist.kernels.plain_blocks import Sight
 from muse_dist.kernels.limits import PROBES
 from muse_dist.kernels.triton_common import Tile
+from tests.kernel_cases import QUIET
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 SCALE = 0.3
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),  # numpy's log2(0) is meant
-    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # and so are numbers that are none
-]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """What torch.empty returns is NaN or the largest integer."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), *QUIET]
 
 
 class Case:

@@ -7,12 +7,9 @@ import torch
 from muse_dist import MuseConfig, muse_attention
 from muse_dist.kernels import triton_blocks
 from muse_dist.kernels.plain_blocks import Moments
-from tests.kernel_cases import DEVICE, Case
+from tests.kernel_cases import DEVICE, QUIET, Case
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
-]
+pytestmark = QUIET
 
 
 def view(x):
