@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
 def run_ranks(ranks: Ranks, options: argparse.Namespace) -> None:
     """Measure every size, print a table a size, append JSON lines, draw; exit with 1 if a check has failed."""
     if options.graphs and ranks.size > 1:
-        raise ValueError("--graphs: for one device; ranks record their own graphs with --set cuda_graphs=true")
+        raise ValueError("--graphs: for one device; ranks replay graphs with --set cuda_graphs=true")
     if options.graphs and ranks.device.type != "cuda":
         raise ValueError("--graphs: needs GPUs; leave it out here")
     bench = _prepare(ranks, options)
@@ -159,8 +159,9 @@ def _measure(
     for leaf in leaves:
         leaf.requires_grad_()
     with variant.open(problem) as attention:
-        if variant.config is not None and variant.config.cuda_graphs:
-            step(attention, leaves, part)  # from the second call on ranks replay: that is checked and timed
+        graphs = variant.config is not None and variant.config.cuda_graphs
+        if graphs:
+            step(attention, leaves, part)  # from the second call on it is replayed: that is checked and timed
         results = [split.join(ranks.gather(x), 2) for x in step(attention, leaves, part)]
         found = Rows(*(x.index_select(2, places) for x in results[:2]), *results[2:])
         del results
@@ -171,7 +172,7 @@ def _measure(
         times, peak = measure(attention, leaves, dout, ranks, options.seconds, options.graphs)
         row |= {name: spread._asdict() for name, spread in times._asdict().items()}
         # What a replay allocates says nothing of the memory that its graphs keep.
-        row["peak_bytes"] = None if ranks.size > 1 and variant.config and variant.config.cuda_graphs else peak
+        row["peak_bytes"] = None if graphs else peak
         if ranks.size == 1 and variant.config is not None:
             row["opened"] = _opened(variant.config, leaves[0], leaves[1])
         if options.profile and variant.config is not None:

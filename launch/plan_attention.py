@@ -66,9 +66,11 @@ def attention_work(case: Case) -> Work:
 
 
 def _start(case: Case) -> str:
-    if case.muse is None or case.ranks == 1:
-        return "start exact" if case.muse is None else "start"
-    return "start replay" if case.muse.cuda_graphs else "start ranks"
+    if case.muse is None:
+        return "start exact"
+    if case.muse.cuda_graphs:
+        return "start replay"
+    return "start" if case.ranks == 1 else "start ranks"
 
 
 def _ranks(case: Case) -> range | list[int]:

@@ -1,15 +1,19 @@
 """Multipole semantic attention: the function users call. On one device it is two opaque operators of PyTorch."""
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from muse_dist.checks import cast_dtype, check_inputs, check_recordable
+from muse_dist.checks import cast_dtype, check_inputs
 from muse_dist.comm import ByteCounter, Communicator, ProcessGroup
 from muse_dist.compute import backward, forward, working
 from muse_dist.config import MuseConfig
 from muse_dist.flops import attend_backward_flops, attend_flops, plan_flops
+from muse_dist.graphs import replayed
 from muse_dist.layout import LayoutName, block_count
 from muse_dist.parallel import ParallelAttention, make_shard
 from muse_dist.tree import Plan, has_far_field, make_plan
@@ -62,8 +66,6 @@ def _parallel(
         if counter is not None and not isinstance(counter, ByteCounter):
             raise TypeError(f"counter: must be a ByteCounter or None, not {type(counter).__name__}")
         number = check_inputs(q, k, v, config, scale)
-        if comm.size > 1:
-            check_recordable(q, config)
         q, k, v = _autocast(q, k, v)
     except (ValueError, TypeError) as error:
         problem = str(error)
@@ -110,17 +112,30 @@ def _plan_or_none(plan: Plan) -> Plan | None:
     return plan if plan.key_order.numel() else None
 
 
+def _run(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor], scale: float, config: MuseConfig) -> Any:
+    """function(*tensors, scale, config) as the tuple an operator returns, from CUDA graphs if the settings say so."""
+    def call(*inputs: Tensor) -> list[Tensor]:
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return [x.contiguous() for x in function(*inputs, scale, config)]
+
+    if not config.cuda_graphs:
+        return tuple(call(*tensors))
+    return tuple(replayed((function.__name__, scale, config), call, tensors))
+
+
 @torch.library.custom_op("muse_dist::plan", mutates_args=())
 def _plan_op(q: Tensor, k: Tensor, scale: float, settings: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The `Plan` of q [B, H, N, D] and k [B, K, N, D]; empty tensors where there is no far field."""
     config = MuseConfig.decode(settings)
     if not has_far_field(q.shape[2], config):
         return tuple(_empty_plan(q))  # type: ignore[return-value]
-    with torch.autocast(q.device.type, enabled=False):
-        rows, keys, _ = working(q, k, k, config)
-        plan = make_plan(rows, keys, config, scale, q.dtype)
-    plan = plan._replace(anchors=plan.anchors.to(q.dtype))
-    return tuple(x.contiguous() for x in plan)  # type: ignore[return-value]
+    return _run(_plan, (q, k), scale, config)  # type: ignore[no-any-return]
+
+
+def _plan(q: Tensor, k: Tensor, scale: float, config: MuseConfig) -> list[Tensor]:
+    rows, keys, _ = working(q, k, k, config)
+    plan = make_plan(rows, keys, config, scale, q.dtype)
+    return list(plan._replace(anchors=plan.anchors.to(q.dtype)))
 
 
 @_plan_op.register_fake
@@ -143,12 +158,18 @@ def _attend_op(
     scale: float, settings: str,
 ) -> tuple[Tensor, Tensor]:
     """Out [B, H, N, D] in q's dtype and lse [B, H, N] in the dtype of the arithmetic, for a structure."""
-    config = MuseConfig.decode(settings)
-    with torch.autocast(q.device.type, enabled=False):
-        rows, keys, values = working(q, k, v, config)
-        plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
-        out, lse = forward(rows, keys, values, plan, scale, config)
-    return out.reshape(q.shape).to(q.dtype).contiguous(), lse.reshape(q.shape[:3]).contiguous()
+    tensors = (q, k, v, key_order, query_order, anchors, opened)
+    return _run(_attend, tensors, scale, MuseConfig.decode(settings))  # type: ignore[no-any-return]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, key_order: Tensor, query_order: Tensor, anchors: Tensor, opened: Tensor,
+    scale: float, config: MuseConfig,
+) -> list[Tensor]:
+    rows, keys, values = working(q, k, v, config)
+    plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
+    out, lse = forward(rows, keys, values, plan, scale, config)
+    return [out.reshape(q.shape).to(q.dtype), lse.reshape(q.shape[:3])]
 
 
 @_attend_op.register_fake
@@ -163,14 +184,19 @@ def _attend_backward_op(
     anchors: Tensor, opened: Tensor, scale: float, settings: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [B, H, N, D] and of k and v [B, K, N, D], given that of out."""
-    config = MuseConfig.decode(settings)
-    with torch.autocast(q.device.type, enabled=False):
-        rows, keys, values = working(q, k, v, config)
-        dout, out = (x.contiguous().to(rows.dtype).reshape(rows.shape) for x in (dout, out))
-        plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
-        dq, dk, dv = backward(dout, rows, keys, values, out, lse.reshape(rows.shape[:4]), plan, scale,
-                              config)
-    return dq.reshape(q.shape).to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+    tensors = (dout, q, k, v, out, lse, key_order, query_order, anchors, opened)
+    return _run(_attend_backward, tensors, scale, MuseConfig.decode(settings))  # type: ignore[no-any-return]
+
+
+def _attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_order: Tensor, query_order: Tensor,
+    anchors: Tensor, opened: Tensor, scale: float, config: MuseConfig,
+) -> list[Tensor]:
+    rows, keys, values = working(q, k, v, config)
+    dout, out = (x.contiguous().to(rows.dtype).reshape(rows.shape) for x in (dout, out))
+    plan = _plan_or_none(Plan(key_order, query_order, anchors.to(rows.dtype), opened))
+    dq, dk, dv = backward(dout, rows, keys, values, out, lse.reshape(rows.shape[:4]), plan, scale, config)
+    return [dq.reshape(q.shape).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)]
 
 
 @_attend_backward_op.register_fake

@@ -40,6 +40,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: flo
             raise ValueError(problem)
     if config.tiles and not torch.compiler.is_compiling():  # which cannot read files
         _check_tiles(q, config)
+    _check_recordable(q, config)
     return _check_scale(scale, dim)
 
 
@@ -54,8 +55,8 @@ def _check_tiles(q: Tensor, config: MuseConfig) -> None:
     tuned_blocks(triton_blocks, config.tiles, q.device, dtype, q.shape[-1], config.leaf, config.group)
 
 
-def check_recordable(q: Tensor, config: MuseConfig) -> None:
-    """ValueError if ranks cannot replay CUDA graphs of queries like q, with the reason and the fix."""
+def _check_recordable(q: Tensor, config: MuseConfig) -> None:
+    """ValueError if calls with queries like q cannot be replayed as CUDA graphs, with the reason and the fix."""
     if not config.cuda_graphs:
         return
     fix = "take cuda_graphs=False"

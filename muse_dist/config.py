@@ -76,9 +76,9 @@ class MuseConfig:
         "which a process reads once; "
         "empty: those pinned in the code, measured on an H200"))
     cuda_graphs: bool = _option(False, (
-        "context-parallel ranks record the kernels of their second call with a shape and replay them afterwards: saves "
-        "the host's time, which can be most of a call of 16k tokens a rank, and keeps the memory of a forward and a "
-        "backward. With the GPU kernels only; on one device PyTorch's own tools record the operators"))
+        "record the kernels of the second call with a shape and replay them afterwards: saves the host's time, which "
+        "is most of a call of 16k tokens a GPU, and keeps the memory of a forward and a backward. With the GPU kernels "
+        "only; a graph that you capture around the call takes in everything itself"))
 
     # JSON of the fields, for operators of PyTorch, which take numbers and strings. Not a field: every instance has its
     # own, made once, because torch.compile cannot trace json.

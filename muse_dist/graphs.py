@@ -1,7 +1,7 @@
-"""CUDA graphs of a rank's forward and backward: a replay costs the host a few launches instead of hundreds.
+"""CUDA graphs of forwards and backwards: a replay costs the host a few launches instead of a hundred.
 
-Graphs are cut where exchanges are posted and awaited. Those happen at every replay as they do without graphs:
-overlapped with the same kernels, counted, named when they fail, and no graph keeps NCCL from shutting down.
+Over ranks, graphs are cut where exchanges are posted and awaited. Those happen at every replay as they do without
+graphs: overlapped with the same kernels, counted, named when they fail, and no graph keeps NCCL from shutting down.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from muse_dist.comm import Communicator, ProcessGroup
 
 Function = Callable[..., "list[Tensor]"]
 
-MOST = 32  # recordings of a group: every shape has two, which keep their memory
+MOST = 48  # recordings of a group or a device: a shape has two over ranks, three on one, and they keep their memory
 
 # What each group's calls have recorded. Dies with the group, so nothing in it may hold the group.
 _RECORDED: weakref.WeakKeyDictionary[ProcessGroup, Recorded] = weakref.WeakKeyDictionary()
@@ -28,7 +28,7 @@ _RECORDED: weakref.WeakKeyDictionary[ProcessGroup, Recorded] = weakref.WeakKeyDi
 
 @dataclass
 class Recorded:
-    """The recordings of a group. They share memory, so that one replay has to end before the next begins."""
+    """The recordings of a group or of a device. They share memory: one replay has to end before the next begins."""
 
     pool: Any = field(default_factory=torch.cuda.graph_pool_handle)
     stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)  # a pool's memory is shared on one stream
@@ -36,12 +36,22 @@ class Recorded:
     last: torch.cuda.Event = field(default_factory=torch.cuda.Event)  # the end of the last replay
 
 
-def replayed(comm: Communicator, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What function(*inputs) returns, replayed from the second call with a `key` on.
+@functools.cache
+def _on_device(device: torch.device) -> Recorded:
+    """What the calls of one device have recorded, for as long as the process lives."""
+    with torch.cuda.device(device):
+        return Recorded()
+
+
+def replayed(
+    key: Hashable, function: Function, inputs: Sequence[Tensor], comm: Communicator | None = None
+) -> list[Tensor]:
+    """What function(*inputs) returns, replayed from the second call on with a `key` and inputs of such shapes.
 
     Args:
-        key: everything that decides what the function launches.
+        key: what decides, besides shapes, dtypes and the device of `inputs`, what the function launches.
         function: launches kernels and uses `comm`, without waiting for the GPU.
+        comm: of the ranks that share the sequence; None on one device.
     Returns:
         Tensors of the caller's own, which no later replay overwrites.
     Raises:
@@ -49,13 +59,15 @@ def replayed(comm: Communicator, key: Hashable, function: Function, inputs: Sequ
     """
     if torch.cuda.is_current_stream_capturing():  # the user's own graph takes in everything
         return function(*inputs)
-    recorded = _RECORDED.get(comm.group)
+    recorded = _on_device(inputs[0].device) if comm is None else _RECORDED.get(comm.group)
     if recorded is None:
+        assert comm is not None
         recorded = _RECORDED[comm.group] = Recorded()
-    key = (type(comm), key)
+    shapes = tuple((x.shape, x.dtype) for x in inputs)
+    key = (type(comm), key, shapes, inputs[0].device, torch.are_deterministic_algorithms_enabled())
     if key not in recorded.found:
         if len(recorded.found) == MOST:
-            raise RuntimeError(f"cuda_graphs=True: calls of {MOST // 2} different shapes are recorded, and each keeps "
+            raise RuntimeError(f"cuda_graphs=True: {MOST} calls are recorded, two or three a shape, and each keeps "
                                "memory; pad sequences to a few lengths, or take cuda_graphs=False")
         outputs = function(*inputs)  # kernels are compiled and libraries start, which no graph can hold
         recorded.found[key] = None
@@ -70,7 +82,7 @@ def replayed(comm: Communicator, key: Hashable, function: Function, inputs: Sequ
     return outputs
 
 
-def _record(comm: Communicator, function: Function, inputs: Sequence[Tensor], recorded: Recorded) -> Recording:
+def _record(comm: Communicator | None, function: Function, inputs: Sequence[Tensor], recorded: Recorded) -> Recording:
     """A recording of the call; RuntimeError with the cause if that cannot be."""
     record = functools.partial(Recording, comm, function, inputs, recorded.pool, recorded.stream)
     try:
@@ -87,12 +99,14 @@ class Recording:
     """A function of tensors as graphs, and what the host does between them."""
 
     def __init__(
-        self, comm: Communicator, function: Function, inputs: Sequence[Tensor], pool: Any, stream: torch.cuda.Stream
+        self, comm: Communicator | None, function: Function, inputs: Sequence[Tensor], pool: Any,
+        stream: torch.cuda.Stream,
     ) -> None:
         """Record a call on `stream`, which must not be the default one. Nothing runs, and nothing is sent."""
-        self.steps: list[Callable[[Communicator], None]] = []
+        self.steps: list[Callable[[Any], None]] = []  # take the communicator of the call, or None
         self.pool = pool
-        comm.between = self._cut
+        if comm is not None:
+            comm.between = self._cut
         try:
             with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(stream):
                 self.inputs = [torch.empty_like(x) for x in inputs]
@@ -104,9 +118,10 @@ class Recording:
                     raise
                 self._end()
         finally:
-            comm.between = None
+            if comm is not None:
+                comm.between = None
 
-    def replay(self, comm: Communicator, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def replay(self, comm: Communicator | None, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Copies of the outputs for other inputs; exchanges go through `comm`, which counts them."""
         torch._foreach_copy_(self.inputs, list(inputs))
         for step in self.steps:

@@ -71,6 +71,9 @@ def test_a_replay_names_the_exchange_that_failed():
     assert found.error is not None and "exchange 'keys'" in found.error and "rank 0 of 2" in found.error
 
 
+REFUSED = "cuda_graphs=True: needs tensors on a GPU, not on cpu; take cuda_graphs=False"
+
+
 def on_the_cpu():
     q = torch.zeros(1, 2, 1024, 16)
     muse_attention(q, q, q, config=CONFIG, group=dist.group.WORLD)
@@ -79,13 +82,13 @@ def on_the_cpu():
 def test_graphs_are_refused_where_there_is_no_gpu():
     for found in outcomes(2, on_the_cpu):
         assert found.error is not None and found.error.startswith("ValueError")
-        assert "cuda_graphs=True: needs tensors on a GPU, not on cpu; take cuda_graphs=False" in found.error
+        assert REFUSED in found.error
 
 
-def test_one_device_takes_no_notice():
-    q, k, v = torch.randn(3, 1, 2, 1024, 16)
-    same = muse_attention(q, k, v, config=dataclasses.replace(CONFIG, cuda_graphs=False))
-    assert torch.equal(muse_attention(q, k, v, config=CONFIG), same)
+def test_one_device_refuses_as_ranks_do():
+    q = torch.zeros(1, 2, 1024, 16)
+    with pytest.raises(ValueError, match=REFUSED):
+        muse_attention(q, q, q, config=CONFIG)
 
 
 class Fake:
@@ -108,17 +111,19 @@ class Nothing:
         return lambda *arguments: None
 
 
-def replay_with_fakes():
+def replay_with_fakes(alone):
     """What becomes of calls: run, recorded, replayed; and of errors while they run or are recorded."""
     comm, x, said = Communicator(dist.group.WORLD), torch.ones(2), []
+    given = None if alone else comm
     graphs.Recording = Fake
-    graphs._RECORDED[comm.group] = graphs.Recorded(None, Nothing(), {}, Nothing())
+    graphs._RECORDED[comm.group] = recorded = graphs.Recorded(None, Nothing(), {}, Nothing())
+    graphs._on_device = {x.device: recorded}.__getitem__
     torch.cuda.current_stream = torch.cuda.empty_cache = lambda: Nothing()
     torch.cuda.is_current_stream_capturing = lambda: False
 
     def call(key, function):
         try:
-            return graphs.replayed(comm, key, function, [x])[0].tolist()
+            return graphs.replayed(key, function, [x], given)[0].tolist()
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
@@ -139,14 +144,15 @@ def replay_with_fakes():
     return said
 
 
-def test_the_second_call_is_recorded():
-    once, broken, made, full, failed, many = run_ranks(1, replay_with_fakes)[0]
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_second_call_is_recorded(alone):
+    once, broken, made, full, failed, many = run_ranks(1, replay_with_fakes, alone)[0]
     assert once == [[2, 2], [-1, -1], [-1, -1]]
     assert broken == ["OutOfMemoryError: too large", [2, 2], [-1, -1]] and made == 2
     assert full == [[2, 2], [-1, -1], 4], "memory that is cached is given back, and the call recorded again"
     assert failed[1] == ("RuntimeError: cuda_graphs=True: the call could not be recorded (ValueError: a cause); take "
                          "cuda_graphs=False")
-    assert many[0] == [2, 2] and all("different shapes are recorded" in text for text in many[1:])
+    assert many[0] == [2, 2] and all("calls are recorded" in text for text in many[1:])
 
 
 def results_of_layers(layer, step, shape, kv_heads):
@@ -200,6 +206,32 @@ def compare_on_gpus(mode, layout, tokens, kv_heads, settings):
     del group, groups, layer, results, forward, backward  # outputs know the group, for their backward
     gc.collect()
     return same, counters[0].received == counters[1].received, entered, len(gone), all(x() is None for x in gone)
+
+
+@pytest.mark.skipif(not GPUS, reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("tokens, kv_heads, settings", [
+    (8192, 4, {}), (4099, 2, {}), (4096, 2, {"causal": False, "trace": False, "tolerance": 0.004}), (700, 4, {})])
+def test_one_device_replays_what_it_computes(tokens, kv_heads, settings, compiled, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    graphs._on_device.cache_clear()
+    counts = []
+    torch.use_deterministic_algorithms(True)  # cuDNN's backward adds dq with atomics
+    try:
+        config = dataclasses.replace(CONFIG, **settings)
+        layers = [functools.partial(muse_attention, config=dataclasses.replace(config, cuda_graphs=graphed))
+                  for graphed in (True, False)]
+        if compiled:
+            layers = [torch.compile(layer, fullgraph=True) for layer in layers]
+        with mock.patch.object(graphs, "Recording", wraps=graphs.Recording) as recording:
+            for step in range(4):
+                found, wanted = (results_of_layers(layer, step, (tokens, 64), kv_heads) for layer in layers)
+                assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+                counts.append(recording.call_count)
+        # Three layers of a shape: the first step runs and records each operator, and no plan where all is near.
+        assert counts == 4 * [2 if tokens == 700 else 3]
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @needs_two
