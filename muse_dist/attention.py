@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from muse_dist.checks import cast_dtype, check_inputs
+from muse_dist.checks import cast_dtype, check_backend, check_inputs
 from muse_dist.comm import ByteCounter, Communicator, ProcessGroup
 from muse_dist.compute import backward, forward, working
 from muse_dist.config import MuseConfig
@@ -114,6 +114,7 @@ def _plan_or_none(plan: Plan) -> Plan | None:
 
 def _run(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor], scale: float, config: MuseConfig) -> Any:
     """function(*tensors, scale, config) as the tuple an operator returns, from CUDA graphs if the settings say so."""
+    check_backend(tensors[0], config, tensors[0].dtype)
     def call(*inputs: Tensor) -> list[Tensor]:
         with torch.autocast(inputs[0].device.type, enabled=False):
             return [x.contiguous() for x in function(*inputs, scale, config)]

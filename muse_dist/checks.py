@@ -34,19 +34,25 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: flo
     if heads % k.shape[1]:
         raise ValueError(f"q: {heads} heads are not divisible by the {k.shape[1]} heads of k and v; "
                          "each key/value head serves the same number of query heads")
-    if config.backend == "triton":
-        problem = triton_problem(config, q, cast_dtype(q))
-        if problem is not None:
-            raise ValueError(problem)
-    if config.tiles and not torch.compiler.is_compiling():  # which cannot read files
-        _check_tiles(q, config)
-    _check_recordable(q, config)
+    if not torch.compiler.is_compiling():  # which cannot read files nor look for packages: then the operators check
+        check_backend(q, config, cast_dtype(q))
     return _check_scale(scale, dim)
 
 
-def _check_tiles(q: Tensor, config: MuseConfig) -> None:
+def check_backend(q: Tensor, config: MuseConfig, dtype: torch.dtype) -> None:
+    """ValueError if this machine cannot do as `config` says with queries like q cast to `dtype`."""
+    if config.backend == "triton":
+        problem = triton_problem(config, q, dtype)
+        if problem is not None:
+            raise ValueError(problem)
+    if config.tiles:
+        _check_tiles(q, config, dtype)
+    if config.cuda_graphs:
+        _check_recordable(q, config, dtype)
+
+
+def _check_tiles(q: Tensor, config: MuseConfig, dtype: torch.dtype) -> None:
     """ValueError if the file of tiles cannot be used for queries like q."""
-    dtype = cast_dtype(q)
     if backend_for(config, q) == "torch" or triton_problem(config, q, dtype) is not None:
         raise ValueError(f"tiles={config.tiles!r}: only the GPU kernels have tiles; leave it empty here")
     from muse_dist.kernels import triton_blocks
@@ -55,15 +61,13 @@ def _check_tiles(q: Tensor, config: MuseConfig) -> None:
     tuned_blocks(triton_blocks, config.tiles, q.device, dtype, q.shape[-1], config.leaf, config.group)
 
 
-def _check_recordable(q: Tensor, config: MuseConfig) -> None:
+def _check_recordable(q: Tensor, config: MuseConfig, dtype: torch.dtype) -> None:
     """ValueError if calls with queries like q cannot be replayed as CUDA graphs, with the reason and the fix."""
-    if not config.cuda_graphs:
-        return
     fix = "take cuda_graphs=False"
     if not q.is_cuda:
         raise ValueError(f"cuda_graphs=True: needs tensors on a GPU, not on {q.device.type}; {fix}")
     if config.backend != "triton":
-        problem = "backend='torch'" if config.backend == "torch" else triton_problem(config, q, cast_dtype(q))
+        problem = "backend='torch'" if config.backend == "torch" else triton_problem(config, q, dtype)
         if problem is not None:
             reason = problem.partition(";")[0].removeprefix("backend='triton': ")
             raise ValueError(f"cuda_graphs=True: needs the GPU kernels ({reason}); {fix}")

@@ -84,12 +84,13 @@ def replayed(
 
 def _record(comm: Communicator | None, function: Function, inputs: Sequence[Tensor], recorded: Recorded) -> Recording:
     """A recording of the call; RuntimeError with the cause if that cannot be."""
-    record = functools.partial(Recording, comm, function, inputs, recorded.pool, recorded.stream)
     try:
         with contextlib.suppress(torch.OutOfMemoryError):
-            return record()
+            return Recording(comm, function, inputs, recorded.pool, recorded.stream)
         torch.cuda.empty_cache()  # the allocator does not take back what it caches while it records
-        return record()
+        if not any(recorded.found.values()):
+            recorded.pool = torch.cuda.graph_pool_handle()  # a pool dies with the last graph that used it
+        return Recording(comm, function, inputs, recorded.pool, recorded.stream)
     except Exception as error:
         raise RuntimeError(f"cuda_graphs=True: the call could not be recorded ({type(error).__name__}: {error}); "
                            "take cuda_graphs=False") from error

@@ -89,6 +89,8 @@ def test_one_device_refuses_as_ranks_do():
     q = torch.zeros(1, 2, 1024, 16)
     with pytest.raises(ValueError, match=REFUSED):
         muse_attention(q, q, q, config=CONFIG)
+    with pytest.raises(ValueError, match=REFUSED):
+        torch.compile(functools.partial(muse_attention, config=CONFIG), backend="aot_eager", fullgraph=True)(q, q, q)
 
 
 class Fake:
@@ -232,6 +234,24 @@ def test_one_device_replays_what_it_computes(tokens, kv_heads, settings, compile
         assert counts == 4 * [2 if tokens == 700 else 3]
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(not GPUS, reason="needs a GPU")
+def test_memory_that_runs_out_while_a_call_is_recorded():
+    graphs._on_device.cache_clear()
+    fails = [True]
+
+    def double(x):
+        y = 2 * x
+        if torch.cuda.is_current_stream_capturing() and fails:
+            fails.pop()
+            raise torch.OutOfMemoryError("full")
+        return [y]
+
+    for number in range(4):
+        x = torch.full((2,), number, device="cuda")
+        assert graphs.replayed("double", double, [x])[0].tolist() == 2 * [2 * number]
+    assert not fails
 
 
 @needs_two
