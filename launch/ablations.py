@@ -80,8 +80,9 @@ def ablated(
     """
     if far not in get_args(Far):
         raise ValueError(f"far={far!r}: must be one of {', '.join(get_args(Far))}")
+    if isinstance(config, MuseConfig):  # else it is refused by name
+        config = dataclasses.replace(config, backend="torch", tiles="", cuda_graphs=False)
     scale = check_inputs(q, k, v, config, scale)
-    config = dataclasses.replace(config, backend="torch")
     rows, keys, values = working(q, k, v, config)
     near, near_lse = near_forward(rows, keys, values, scale, config)
     if not has_far_field(q.shape[2], config):

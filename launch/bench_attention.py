@@ -22,7 +22,7 @@ from launch.ranks import Ranks
 from launch.bench_rivals import Problem, Unavailable, Variant, muse_variant, rivals
 from launch.bench_timing import Attention, measure, step
 from launch.bench_traces import record, stages
-from muse_dist import MuseConfig
+from muse_dist import MuseConfig, forget_graphs
 from muse_dist.backend import backend_for
 from muse_dist.compute import working
 from muse_dist.config import PRESETS
@@ -129,9 +129,10 @@ def measure_size(bench: Bench, problem: Problem) -> list[Row]:
         except Exception as error:  # whatever a rival dies of, the others are still to be measured
             row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
         rows.append(row)
-        gc.collect()
         if not _answers(device):
             break
+        forget_graphs()
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     _add_ratios(rows, bench.options.baseline)

@@ -21,6 +21,9 @@ PRODUCTS = {
 }
 # How often the queries and keys of a layer move through memory for the far field: cut, sorted, and put back.
 MOVES = (6, 10)
+# Tensors of q's size, and as many of k's, that CUDA graphs are given or give away: forward on one device, forward on a
+# rank, backward. Each copy reads and writes.
+COPIES = (3, 2, 4)
 # The host's time to start a layer's kernels, which run beside it: a layer takes whichever is longer.
 STARTS = ("start exact", "start", "start ranks", "start replay")
 
@@ -40,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Work:
-    """By stage, what the busiest rank does: operations, and bytes for "ordering"."""
+    """By stage, what the busiest rank does: operations, and bytes for "ordering" and "copies"."""
 
     forward: dict[str, float]
     backward: dict[str, float]
@@ -59,9 +62,12 @@ def attention_work(case: Case) -> Work:
     pairs = max((_pairs(case, rank) for rank in _ranks(case)), key=lambda found: sum(found.values()))
     passes = [{stage: 2.0 * products[i] * case.dim * pairs[stage] for stage, products in PRODUCTS.items()
                if pairs.get(stage) and products[i]} for i in (0, 1)]
-    for work, moves in zip(passes, MOVES):
+    once = 2.0 * case.dim * (case.heads + case.kv_heads) * case.tokens / case.ranks  # bytes of q and k
+    for work, moves, copies in zip(passes, MOVES, (COPIES[0 if case.ranks == 1 else 1], COPIES[2])):
         if pairs.get("far field"):
-            work["ordering"] = moves * 2.0 * case.dim * (case.heads + case.kv_heads) * case.tokens / case.ranks
+            work["ordering"] = moves * once
+        if case.muse is not None and case.muse.cuda_graphs:
+            work["copies"] = 2 * copies * once
     return Work(passes[0], passes[1], _start(case))
 
 

@@ -11,7 +11,9 @@ from launch.plan_machine import Machine
 
 # Shares of the data sheet's speed, forward and backward, where nothing was measured. Assumptions, not measurements.
 ASSUMED = {"exact": (0.6, 0.45), "near field": (0.5, 0.4), "opened leaves": (0.3, 0.2), "far field": (0.3, 0.2),
-           "moments": (0.2, 0.15), "remote moments": (0.2, 0.15), "choice": (0.25, 0.25), "ordering": (0.5, 0.5)}
+           "moments": (0.2, 0.15), "remote moments": (0.2, 0.15), "choice": (0.25, 0.25), "ordering": (0.5, 0.5),
+           "copies": (0.7, 0.7)}
+IN_BYTES = ("ordering", "copies")  # the others are in operations
 ASSUMED_STEP = {"dense": 0.6, "elementwise": 0.5, "optimizer": 0.7}
 # Seconds in which the host starts the kernels of a layer's forward; a backward takes it twice as long.
 ASSUMED_STARTS = {"start exact": 50e-6, "start": 2e-3, "start ranks": 4e-3, "start replay": 5e-4}
@@ -37,7 +39,7 @@ def assumed_rates(machine: Machine) -> Rates:
     """Of a machine that nobody measured."""
     passes = []
     for i in (0, 1):
-        speeds = {stage: share[i] * (machine.memory_speed if stage == "ordering" else machine.peak)
+        speeds = {stage: share[i] * (machine.memory_speed if stage in IN_BYTES else machine.peak)
                   for stage, share in ASSUMED.items()}
         passes.append({**{stage: 1 / speed for stage, speed in speeds.items()},
                        **{name: seconds * (1 + i) for name, seconds in ASSUMED_STARTS.items()}})

@@ -24,7 +24,7 @@ from launch.options import described_device, pick_device, write_line
 from launch.ranks import Ranks, join_ranks
 from launch.scaling_row import Row, speed_row
 from launch.trainer import Trainer
-from muse_dist import ByteCounter
+from muse_dist import ByteCounter, forget_graphs
 
 
 def main() -> None:
@@ -74,6 +74,7 @@ def random_tokens(config: RunConfig) -> Corpus:
 
 def _forget(device: torch.device) -> None:
     """Give back the memory of a run, so that the next one's peak is its own."""
+    forget_graphs()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -43,9 +43,10 @@ def emulate_ranks(
     Returns:
         [B, H, N, D], differentiable by autograd. Memory grows as N * N / ranks a head: for tests and short evaluations.
     """
+    if isinstance(config, MuseConfig):  # else it is refused by name
+        config = replace(config, backend="torch", tiles="", cuda_graphs=False)
     scale = check_inputs(q, k, v, config, scale)
     described = Layout(layout, ranks, q.shape[2], config.block)
-    config = replace(config, backend="torch")
     rows, keys, values = working(q, k, v, config)
     held = [_hold(rows, keys, values, described, rank, config, scale, q.dtype) for rank in range(ranks)]
     outs = [_rank_output(rows, keys, values, described, rank, held, config, scale, remote) for rank in range(ranks)]

@@ -6,10 +6,11 @@ graphs: overlapped with the same kernels, counted, named when they fail, and no 
 from __future__ import annotations
 
 import contextlib
-import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ MOST = 48  # recordings of a group or a device: a shape has two over ranks, thre
 
 # What each group's calls have recorded. Dies with the group, so nothing in it may hold the group.
 _RECORDED: weakref.WeakKeyDictionary[ProcessGroup, Recorded] = weakref.WeakKeyDictionary()
+# The same of calls on one device; until `forget_graphs`.
+_DEVICES: dict[torch.device, Recorded] = {}
 
 
 @dataclass
@@ -34,13 +37,20 @@ class Recorded:
     stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)  # a pool's memory is shared on one stream
     found: dict[Hashable, Recording | None] = field(default_factory=dict)  # None: has run once
     last: torch.cuda.Event = field(default_factory=torch.cuda.Event)  # the end of the last replay
+    lock: threading.RLock = field(default_factory=threading.RLock)  # recordings read and write buffers of their own
+
+    @property
+    def count(self) -> int:
+        """How many recordings keep memory."""
+        return sum(recording is not None for recording in self.found.values())
 
 
-@functools.cache
-def _on_device(device: torch.device) -> Recorded:
-    """What the calls of one device have recorded, for as long as the process lives."""
+def _of(comm: Communicator | None, device: torch.device) -> Recorded:
+    """What calls of a group, or of one device, have recorded."""
     with torch.cuda.device(device):
-        return Recorded()
+        if comm is None:
+            return _DEVICES.get(device) or _DEVICES.setdefault(device, Recorded())
+        return _RECORDED.get(comm.group) or _RECORDED.setdefault(comm.group, Recorded())
 
 
 def replayed(
@@ -55,45 +65,70 @@ def replayed(
     Returns:
         Tensors of the caller's own, which no later replay overwrites.
     Raises:
-        RuntimeError if there are too many keys, or if a call cannot be recorded.
+        RuntimeError if a call cannot be recorded. Beyond `MOST` recordings calls run as without graphs, with a warning.
     """
     if torch.cuda.is_current_stream_capturing():  # the user's own graph takes in everything
         return function(*inputs)
-    recorded = _on_device(inputs[0].device) if comm is None else _RECORDED.get(comm.group)
-    if recorded is None:
-        assert comm is not None
-        recorded = _RECORDED[comm.group] = Recorded()
+    device = inputs[0].device
+    recorded = _of(comm, device)
     shapes = tuple((x.shape, x.dtype) for x in inputs)
-    key = (type(comm), key, shapes, inputs[0].device, torch.are_deterministic_algorithms_enabled())
-    if key not in recorded.found:
-        if len(recorded.found) == MOST:
-            raise RuntimeError(f"cuda_graphs=True: {MOST} calls are recorded, two or three a shape, and each keeps "
-                               "memory; pad sequences to a few lengths, or take cuda_graphs=False")
-        outputs = function(*inputs)  # kernels are compiled and libraries start, which no graph can hold
-        recorded.found[key] = None
-        return outputs
-    recording = recorded.found[key]
-    if recording is None:
-        recording = recorded.found[key] = _record(comm, function, inputs, recorded)
-    stream = torch.cuda.current_stream()
-    stream.wait_event(recorded.last)
-    outputs = recording.replay(comm, inputs)
-    recorded.last.record(stream)
-    return outputs
+    key = (type(comm), key, shapes, device, torch.are_deterministic_algorithms_enabled(),
+           torch.is_deterministic_algorithms_warn_only_enabled())
+    with recorded.lock:
+        if key not in recorded.found:
+            outputs = function(*inputs)  # kernels are compiled and libraries start, which no graph can hold
+            recorded.found[key] = None
+            return outputs
+        recording = recorded.found[key]
+        if recording is None:
+            if recorded.count >= MOST:
+                warnings.warn(f"cuda_graphs=True: {MOST} calls are recorded, two or three a shape, and each keeps "
+                              "memory; other shapes run without graphs. Pad sequences to a few lengths, or call "
+                              "muse_dist.forget_graphs()", stacklevel=2)
+                return function(*inputs)
+            recording = recorded.found[key] = _record(comm, function, inputs, recorded)
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(recorded.last)
+        try:
+            return recording.replay(comm, inputs)
+        finally:
+            recorded.last.record(stream)
+
+
+def forget_graphs() -> None:
+    """Give up the graphs that calls with cuda_graphs=True have recorded in this process, and the memory they keep.
+
+    The next call with a shape runs as the first one did, and the one after it is recorded. On ranks, graphs also end
+    with their group.
+    """
+    for recorded in [*_RECORDED.values(), *_DEVICES.values()]:
+        recorded.last.synchronize()
+    _RECORDED.clear()
+    _DEVICES.clear()
 
 
 def _record(comm: Communicator | None, function: Function, inputs: Sequence[Tensor], recorded: Recorded) -> Recording:
     """A recording of the call; RuntimeError with the cause if that cannot be."""
     try:
         with contextlib.suppress(torch.OutOfMemoryError):
-            return Recording(comm, function, inputs, recorded.pool, recorded.stream)
+            return _attempt(comm, function, inputs, recorded)
         torch.cuda.empty_cache()  # the allocator does not take back what it caches while it records
-        if not any(recorded.found.values()):
-            recorded.pool = torch.cuda.graph_pool_handle()  # a pool dies with the last graph that used it
-        return Recording(comm, function, inputs, recorded.pool, recorded.stream)
+        return _attempt(comm, function, inputs, recorded)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise RuntimeError(f"cuda_graphs=True: the call could not be recorded ({type(error).__name__}: {error}); "
                            "take cuda_graphs=False") from error
+
+
+def _attempt(comm: Communicator | None, function: Function, inputs: Sequence[Tensor], recorded: Recorded) -> Recording:
+    """A recording, made in a thread of its own: PyTorch's compiler has this one allocate from a pool that it frees."""
+    if not recorded.count:
+        recorded.pool = torch.cuda.graph_pool_handle()  # a pool dies with the last graph that used it
+    with ThreadPoolExecutor(1) as thread:
+        recording = thread.submit(Recording, comm, function, inputs, recorded.pool, recorded.stream).result()
+    torch.cuda.current_stream(inputs[0].device).wait_stream(recorded.stream)  # deterministic buffers are filled
+    return recording
 
 
 class Recording:

@@ -1,10 +1,13 @@
 """Recorded calls: exchanges run at every replay, and on GPUs replays equal calls without graphs, bit by bit."""
+import contextlib
 import dataclasses
 import datetime
 import functools
 import gc
 import os
+import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from unittest import mock
 
@@ -13,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from muse_dist import ByteCounter, MuseConfig, exchange_kv, exchange_moments, graphs, muse_attention
+from muse_dist import ByteCounter, MuseConfig, exchange_kv, exchange_moments, forget_graphs, graphs, muse_attention
 from muse_dist.comm import Communicator
 from tests.ranks import outcomes, run_ranks
 
@@ -119,8 +122,10 @@ def replay_with_fakes(alone):
     given = None if alone else comm
     graphs.Recording = Fake
     graphs._RECORDED[comm.group] = recorded = graphs.Recorded(None, Nothing(), {}, Nothing())
-    graphs._on_device = {x.device: recorded}.__getitem__
-    torch.cuda.current_stream = torch.cuda.empty_cache = lambda: Nothing()
+    graphs._DEVICES[x.device] = recorded
+    torch.cuda.empty_cache = torch.cuda.device = lambda *device: contextlib.nullcontext()
+    torch.cuda.current_stream = lambda *device: Nothing()
+    torch.cuda.graph_pool_handle = object
     torch.cuda.is_current_stream_capturing = lambda: False
 
     def call(key, function):
@@ -142,19 +147,34 @@ def replay_with_fakes(alone):
     said.append([call("c", double), call("c", double), len(Fake.made)])
     Fake.fails = [ValueError("a cause")]
     said.append([call("d", double), call("d", double)])
-    said.append([call(number, double) for number in range(graphs.MOST)][-5:])
+    for number in range(graphs.MOST):
+        call(number, double)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        said.append([call(number, double) for number in range(graphs.MOST)])
+    said.append([str(warning.message) for warning in found])
+    Fake.fails = 2 * [torch.OutOfMemoryError("full")]
+    forget_graphs()
+    graphs._RECORDED[comm.group] = graphs._DEVICES[x.device] = graphs.Recorded(None, Nothing(), {}, Nothing())
+    said.append([call("e", double), call("e", double), call("e", double)])
+    forget_graphs()
+    said.append([len(graphs._RECORDED), len(graphs._DEVICES)])
     return said
 
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_the_second_call_is_recorded(alone):
-    once, broken, made, full, failed, many = run_ranks(1, replay_with_fakes, alone)[0]
+    once, broken, made, full, failed, many, warned, never, left = run_ranks(1, replay_with_fakes, alone)[0]
     assert once == [[2, 2], [-1, -1], [-1, -1]]
     assert broken == ["OutOfMemoryError: too large", [2, 2], [-1, -1]] and made == 2
     assert full == [[2, 2], [-1, -1], 4], "memory that is cached is given back, and the call recorded again"
     assert failed[1] == ("RuntimeError: cuda_graphs=True: the call could not be recorded (ValueError: a cause); take "
                          "cuda_graphs=False")
-    assert many[0] == [2, 2] and all("calls are recorded" in text for text in many[1:])
+    # Three are recorded already; what finds no place runs.
+    assert many == (graphs.MOST - 3) * [[-1, -1]] + 3 * [[2, 2]]
+    assert len(warned) == 3 and all(f"cuda_graphs=True: {graphs.MOST} calls are recorded" in text for text in warned)
+    assert never == [[2, 2], "OutOfMemoryError: full", [-1, -1]], "named as what it is; the next call tries again"
+    assert left == [0, 0]
 
 
 def results_of_layers(layer, step, shape, kv_heads):
@@ -216,7 +236,7 @@ def compare_on_gpus(mode, layout, tokens, kv_heads, settings):
     (8192, 4, {}), (4099, 2, {}), (4096, 2, {"causal": False, "trace": False, "tolerance": 0.004}), (700, 4, {})])
 def test_one_device_replays_what_it_computes(tokens, kv_heads, settings, compiled, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    graphs._on_device.cache_clear()
+    forget_graphs()
     counts = []
     torch.use_deterministic_algorithms(True)  # cuDNN's backward adds dq with atomics
     try:
@@ -238,7 +258,7 @@ def test_one_device_replays_what_it_computes(tokens, kv_heads, settings, compile
 
 @pytest.mark.skipif(not GPUS, reason="needs a GPU")
 def test_memory_that_runs_out_while_a_call_is_recorded():
-    graphs._on_device.cache_clear()
+    forget_graphs()
     fails = [True]
 
     def double(x):
@@ -252,6 +272,61 @@ def test_memory_that_runs_out_while_a_call_is_recorded():
         x = torch.full((2,), number, device="cuda")
         assert graphs.replayed("double", double, [x])[0].tolist() == 2 * [2 * number]
     assert not fails
+
+
+def gradients(layer, inputs):
+    """Of two layers, one after the other, as copies: a compiled function may write over what it returned."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = layer(*leaves)
+    return [x.clone() for x in (out, *torch.autograd.grad(out.square().sum(), leaves))]
+
+
+@pytest.mark.skipif(not GPUS, reason="needs a GPU")
+def test_beside_graphs_of_pytorchs_compiler():
+    """Which records the operators itself, after calls for which it lends them memory."""
+    forget_graphs()
+
+    def two(config, q, k, v):
+        return muse_attention(muse_attention(q, k, v, config=config), k, v, config=config)
+
+    plain = functools.partial(two, dataclasses.replace(CONFIG, cuda_graphs=False))
+    compiled = torch.compile(functools.partial(two, CONFIG), mode="reduce-overhead")
+    for step in range(5):
+        torch.manual_seed(step)
+        inputs = torch.randn(3, 1, 4, 8192, 64, device="cuda", dtype=torch.bfloat16).unbind()
+        for layer in (compiled, functools.partial(two, CONFIG)):
+            for found, wanted in zip(gradients(layer, inputs), gradients(plain, inputs)):
+                assert (found - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.skipif(not GPUS, reason="needs a GPU")
+def test_threads_take_turns():
+    forget_graphs()
+    plain = dataclasses.replace(CONFIG, cuda_graphs=False)
+    inputs = [torch.randn(1, 4, 8192, 64, device="cuda", dtype=torch.bfloat16) for _ in range(40)]
+    wanted = [muse_attention(x, x, x, config=plain) for x in inputs]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda x: muse_attention(x, x, x, config=CONFIG), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+@pytest.mark.skipif(not GPUS, reason="needs a GPU")
+def test_memory_of_graphs_that_are_forgotten_comes_back():
+    q = torch.randn(1, 4, 8192, 64, device="cuda", dtype=torch.bfloat16)
+    muse_attention(q, q, q, config=dataclasses.replace(CONFIG, cuda_graphs=False))
+
+    def reserved():
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    forget_graphs()
+    before = reserved()
+    for _ in range(3):
+        muse_attention(q, q, q, config=CONFIG)
+    assert reserved() > before
+    forget_graphs()
+    assert reserved() == before
 
 
 @needs_two
