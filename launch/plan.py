@@ -31,7 +31,7 @@ from muse_dist.kernels.limits import ceil_div
 RESULTS = Path(__file__).parent / "results"
 GROUPS = {  # columns of the table, and the terms they add up
     "attention": ("exact", "near field", "opened leaves", "far field", "moments", "remote moments", "choice",
-                  "ordering", "copies", "waiting for the host"),
+                  "ordering", "copies", "stops", "waiting for the host"),
     "dense": ("dense",), "other": ("elementwise", "optimizer", "fixed"),
     "exchange": ("context exchange",), "state": ("weights and gradients",),
 }

@@ -24,6 +24,8 @@ MOVES = (6, 10)
 # Tensors of q's size, and as many of k's, that CUDA graphs are given or give away: forward on one device, forward on a
 # rank, backward. Each copy reads and writes.
 COPIES = (3, 2, 4)
+# Where ranks exchange something, forward and backward: kernels of either side wait there for each other's launch.
+STOPS = {"moments": (3, 2), "kv": (2, 2), "exact": (1, 2)}
 # The host's time to start a layer's kernels, which run beside it: a layer takes whichever is longer.
 STARTS = ("start exact", "start", "start ranks", "start replay")
 
@@ -43,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Work:
-    """By stage, what the busiest rank does: operations, and bytes for "ordering" and "copies"."""
+    """By stage, what the busiest rank does: operations; bytes for "ordering" and "copies", exchanges for "stops"."""
 
     forward: dict[str, float]
     backward: dict[str, float]
@@ -63,7 +65,10 @@ def attention_work(case: Case) -> Work:
     passes = [{stage: 2.0 * products[i] * case.dim * pairs[stage] for stage, products in PRODUCTS.items()
                if pairs.get(stage) and products[i]} for i in (0, 1)]
     once = 2.0 * case.dim * (case.heads + case.kv_heads) * case.tokens / case.ranks  # bytes of q and k
-    for work, moves, copies in zip(passes, MOVES, (COPIES[0 if case.ranks == 1 else 1], COPIES[2])):
+    stops = STOPS["exact" if case.muse is None else case.muse.exchange]
+    for work, moves, copies, count in zip(passes, MOVES, (COPIES[0 if case.ranks == 1 else 1], COPIES[2]), stops):
+        if case.ranks > 1:
+            work["stops"] = count
         if pairs.get("far field"):
             work["ordering"] = moves * once
         if case.muse is not None and case.muse.cuda_graphs:

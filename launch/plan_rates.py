@@ -15,6 +15,7 @@ ASSUMED = {"exact": (0.6, 0.45), "near field": (0.5, 0.4), "opened leaves": (0.3
            "copies": (0.7, 0.7)}
 IN_BYTES = ("ordering", "copies")  # the others are in operations
 ASSUMED_STEP = {"dense": 0.6, "elementwise": 0.5, "optimizer": 0.7}
+ASSUMED_STOP = 50e-6  # seconds
 # Seconds in which the host starts the kernels of a layer's forward; a backward takes it twice as long.
 ASSUMED_STARTS = {"start exact": 50e-6, "start": 2e-3, "start ranks": 4e-3, "start replay": 5e-4}
 ASSUMED_HOST = 0.5e-3  # the same for everything else in a layer
@@ -42,6 +43,7 @@ def assumed_rates(machine: Machine) -> Rates:
         speeds = {stage: share[i] * (machine.memory_speed if stage in IN_BYTES else machine.peak)
                   for stage, share in ASSUMED.items()}
         passes.append({**{stage: 1 / speed for stage, speed in speeds.items()},
+                       "stops": ASSUMED_STOP,
                        **{name: seconds * (1 + i) for name, seconds in ASSUMED_STARTS.items()}})
     step = {"dense": 1 / (ASSUMED_STEP["dense"] * machine.peak), "fixed": ASSUMED_FIXED,
             **{name: 1 / (ASSUMED_STEP[name] * machine.memory_speed) for name in ("elementwise", "optimizer")}}

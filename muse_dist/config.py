@@ -76,9 +76,10 @@ class MuseConfig:
         "which a process reads once; "
         "empty: those pinned in the code, measured on an H200"))
     cuda_graphs: bool = _option(False, (
-        "record the kernels of the second call with a shape and replay them afterwards: saves the host's time, which "
-        "is most of a call of 16k tokens a GPU, and keeps the memory of a forward and a backward. With the GPU kernels "
-        "only; a graph that you capture around the call takes in everything itself"))
+        "record the kernels of a thread's second call with a shape and replay them afterwards: saves the host's time, "
+        "which is most of a call of 16k tokens a GPU, and keeps the memory of a forward and a backward. With the GPU "
+        "kernels only, and not beside torch.compile's own graphs (mode='reduce-overhead'); a graph that you capture "
+        "around the call takes in everything itself"))
 
     # JSON of the fields, for operators of PyTorch, which take numbers and strings. Not a field: every instance has its
     # own, made once, because torch.compile cannot trace json.

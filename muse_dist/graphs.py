@@ -10,7 +10,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,28 +34,26 @@ class Recorded:
 
     pool: Any = field(default_factory=torch.cuda.graph_pool_handle)
     stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)  # a pool's memory is shared on one stream
-    found: dict[Hashable, Recording | None] = field(default_factory=dict)  # None: has run once
+    found: dict[Hashable, Recording] = field(default_factory=dict)
+    run: set[tuple[Hashable, int]] = field(default_factory=set)  # keys, and the threads that have run them once
     last: torch.cuda.Event = field(default_factory=torch.cuda.Event)  # the end of the last replay
     lock: threading.RLock = field(default_factory=threading.RLock)  # recordings read and write buffers of their own
-
-    @property
-    def count(self) -> int:
-        """How many recordings keep memory."""
-        return sum(recording is not None for recording in self.found.values())
 
 
 def _of(comm: Communicator | None, device: torch.device) -> Recorded:
     """What calls of a group, or of one device, have recorded."""
+    found = _DEVICES.get(device) if comm is None else _RECORDED.get(comm.group)
+    if found is not None:
+        return found
     with torch.cuda.device(device):
-        if comm is None:
-            return _DEVICES.get(device) or _DEVICES.setdefault(device, Recorded())
-        return _RECORDED.get(comm.group) or _RECORDED.setdefault(comm.group, Recorded())
+        made = Recorded()
+    return _DEVICES.setdefault(device, made) if comm is None else _RECORDED.setdefault(comm.group, made)
 
 
 def replayed(
     key: Hashable, function: Function, inputs: Sequence[Tensor], comm: Communicator | None = None
 ) -> list[Tensor]:
-    """What function(*inputs) returns, replayed from the second call on with a `key` and inputs of such shapes.
+    """What function(*inputs) returns, replayed from a thread's second call on with a `key` and inputs of such shapes.
 
     Args:
         key: what decides, besides shapes, dtypes and the device of `inputs`, what the function launches.
@@ -76,23 +73,30 @@ def replayed(
            torch.is_deterministic_algorithms_warn_only_enabled())
     with recorded.lock:
         if key not in recorded.found:
-            outputs = function(*inputs)  # kernels are compiled and libraries start, which no graph can hold
-            recorded.found[key] = None
-            return outputs
+            # What a graph cannot hold comes first: kernels are compiled, and libraries start, cuDNN once a thread.
+            here = key, threading.get_ident()
+            if here not in recorded.run or _full(recorded):
+                outputs = function(*inputs)
+                recorded.run.add(here)
+                return outputs
+            recorded.found[key] = _record(comm, function, inputs, recorded)
         recording = recorded.found[key]
-        if recording is None:
-            if recorded.count >= MOST:
-                warnings.warn(f"cuda_graphs=True: {MOST} calls are recorded, two or three a shape, and each keeps "
-                              "memory; other shapes run without graphs. Pad sequences to a few lengths, or call "
-                              "muse_dist.forget_graphs()", stacklevel=2)
-                return function(*inputs)
-            recording = recorded.found[key] = _record(comm, function, inputs, recorded)
         stream = torch.cuda.current_stream(device)
         stream.wait_event(recorded.last)
         try:
             return recording.replay(comm, inputs)
         finally:
             recorded.last.record(stream)
+
+
+def _full(recorded: Recorded) -> bool:
+    """Whether there is no place for another recording, with a warning."""
+    if len(recorded.found) < MOST:
+        return False
+    warnings.warn(f"cuda_graphs=True: {MOST} calls are recorded, two or three a shape, and each keeps memory; other "
+                  "shapes run without graphs. Pad sequences to a few lengths, or call muse_dist.forget_graphs()",
+                  stacklevel=3)
+    return True
 
 
 def forget_graphs() -> None:
@@ -122,12 +126,10 @@ def _record(comm: Communicator | None, function: Function, inputs: Sequence[Tens
 
 
 def _attempt(comm: Communicator | None, function: Function, inputs: Sequence[Tensor], recorded: Recorded) -> Recording:
-    """A recording, made in a thread of its own: PyTorch's compiler has this one allocate from a pool that it frees."""
-    if not recorded.count:
+    if not recorded.found:
         recorded.pool = torch.cuda.graph_pool_handle()  # a pool dies with the last graph that used it
-    with ThreadPoolExecutor(1) as thread:
-        recording = thread.submit(Recording, comm, function, inputs, recorded.pool, recorded.stream).result()
-    torch.cuda.current_stream(inputs[0].device).wait_stream(recorded.stream)  # deterministic buffers are filled
+    recording = Recording(comm, function, inputs, recorded.pool, recorded.stream)
+    torch.cuda.current_stream(inputs[0].device).wait_stream(recorded.stream)  # under deterministic algorithms it fills
     return recording
 
 
