@@ -111,14 +111,18 @@ def calibration_text(machine: Machine, rows: Rows, dim: int) -> str:
 
 
 def _memory_lines(machine: Machine, rows: Rows) -> list[str]:
-    """Predicted over measured memory of the steps of launch.train."""
-    there, rates = calibrated(machine, rows, 0)
-    ratios = [predict(step.setup, there, rates).memory.total / step.memory - 1
-              for step in rows.steps if step.memory and step.engine == "torch"]
-    if not ratios:
+    ratios = memory_errors(machine, rows)
+    if not len(ratios):
         return []
     return [f"  error of the memory of {len(ratios)} steps, not fitted: median {np.median(np.abs(ratios)):.1%}, "
             f"largest {np.abs(ratios).max():.1%}"]
+
+
+def memory_errors(machine: Machine, rows: Rows) -> np.ndarray:
+    """Predicted over measured memory, less 1, of the steps of launch.train."""
+    there, rates = calibrated(machine, rows, 0)
+    return np.array([predict(step.setup, there, rates).memory.total / step.memory - 1
+                     for step in rows.steps if step.memory and step.engine == "torch"])
 
 
 def plan(config: RunConfig, machine: Machine, rates: Rates, nodes: Sequence[int], context: int,

@@ -14,6 +14,7 @@ from launch.plan_step import AFTERWARDS, Step, host_seconds, other_work, predict
 FACTORS = 2.0 ** np.arange(-4, 4.25, 0.25)  # of an assumed time of the host, among which the best is looked for
 FACTOR_WEIGHT = 1e-4  # of a factor's squared logarithm against a row's squared relative error
 ROUNDS = 2
+MOST = 0.8  # of a data sheet's speed, which large matrix products reach and nothing exceeds by much
 
 
 def fit_steps(machine: Machine, rates: Rates, steps: Sequence[Step], engine: str = "torch") -> Rates:
@@ -60,7 +61,13 @@ def _attempt(
             else:
                 besides.append(sum(seconds for name, seconds in terms.items() if name not in amounts))
             work.append(amounts)
-        rates = replace(rates, step=fit(work, [step.seconds for step in steps], assumed, besides))
+        # Rows that do not tell matrices from the rest must not make either faster than the GPU can be.
+        least = {"dense": 1 / (MOST * machine.peak), "elementwise": 1 / (MOST * machine.memory_speed)}
+        besides = [known + sum(least.get(name, 0.0) * amount for name, amount in amounts.items())
+                   for known, amounts in zip(besides, work)]
+        above = {name: rate - least.get(name, 0.0) for name, rate in assumed.items()}
+        found = fit(work, [step.seconds for step in steps], above, besides)
+        rates = replace(rates, step={name: rate + least.get(name, 0.0) for name, rate in found.items()})
     errors = [predict(step.setup, machine, rates).seconds / step.seconds - 1 for step in steps]
     distance = np.log2([*factors.values()])
     return float(np.square(errors).sum() + FACTOR_WEIGHT * np.square(distance).sum()), rates

@@ -10,7 +10,8 @@ from muse_dist import MuseConfig
 
 BUCKETS = 2 * 4.0 * 500_000_000  # bytes of gradients that ZeRO 1 and 2 collect: two buckets of DeepSpeed's default size
 OPTIMIZER_BYTES = 40  # read and written of a parameter in a step: 12 to clip its gradient, 28 by AdamW
-LOGIT_BYTES = 14  # of a logit while its loss is computed: bf16 and fp32, and the gradients of both
+LOGIT_BYTES = 12  # of a logit while its loss is computed: bf16 and fp32, and the gradients of both, not all at once
+LIVE = 0.8  # of what a layer keeps, at most there with the gradients that take its place as its backward goes on
 
 
 @dataclass(frozen=True)
@@ -108,22 +109,31 @@ class Memory:
         return self.state + self.copies + self.activations + self.logits
 
 
-def memory(shape: Shape, muse: MuseConfig | None, tokens: int, *, world: int, scheme: str, recompute: bool) -> Memory:
-    """What a GPU holds that reads `tokens` tokens at a time.
+def memory(
+    shape: Shape, muse: MuseConfig | None, tokens: int, *, world: int, scheme: str, recompute: bool, passes: int = 1
+) -> Memory:
+    """What a GPU holds that reads `tokens` tokens at a time, when it holds most: at the loss, or in a layer's backward.
 
     Args:
         world: all ranks, over which the scheme of that name splits the state.
+        passes: how often a step goes forward and backward; in the first one there are no gradients yet at the loss.
     """
     state = (SCHEMES[scheme].whole + SCHEMES[scheme].split / world) * shape.parameters
-    copies = 2.0 * shape.parameters  # autocast's bf16 weights
+    new = {"whole": 4.0, "sharded": 4.0 / world}.get(scheme, 0.0) * shape.parameters if passes == 1 else 0.0
+    casts = 2.0 * shape.parameters  # autocast's bf16 weights, until the forward ends
+    copies = 0.0
     if scheme == "sharded":  # two layers and the embedding are there whole, in bf16
-        copies = 2.0 * (2 * shape.layer_matrices + shape.vocabulary * shape.width) * 2
+        casts, copies = 0.0, 2.0 * (2 * shape.layer_matrices + shape.vocabulary * shape.width) * 2
     elif scheme == "whole":
-        copies += 4.0 * shape.parameters if world > 1 else 0.0
+        copies = 4.0 * shape.parameters if world > 1 else 0.0
+    elif scheme == "megatron":
+        casts = 0.0
     else:
-        copies = 0.0 if scheme == "megatron" else copies + BUCKETS
+        copies = BUCKETS
     layer = tokens * shape.layer_bytes(muse)
-    # One layer's gradients are there with its activations while the backward is in it.
-    kept = tokens * shape.layers * 4.0 * shape.width + 2 * layer if recompute else (shape.layers + 1) * layer
-    logits = min(tokens, LOGITS) * shape.vocabulary * LOGIT_BYTES
-    return Memory(state, copies, kept, float(logits))
+    between = 2.0 if scheme == "megatron" else 4.0  # bytes of a number between layers, which autocast leaves in fp32
+    kept = tokens * shape.layers * between * shape.width if recompute else shape.layers * layer
+    logits = float(min(tokens, LOGITS) * shape.vocabulary * LOGIT_BYTES)
+    at_loss = Memory(state - new, casts + (copies if scheme != "whole" else 0.0), kept, logits)
+    in_layer = Memory(state, copies, kept + (LIVE * layer if recompute else 0.0), 0.0)
+    return max(at_loss, in_layer, key=lambda found: found.total)

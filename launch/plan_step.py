@@ -168,7 +168,7 @@ def predict(setup: Setup, machine: Machine, rates: Rates) -> Prediction:
     terms["waiting for the host"] = max(0.0, host_seconds(setup, rates) - meanwhile)
     local = setup.context // setup.cp
     held = memory(setup.shape, None if setup.exact else setup.muse, setup.micro * local, world=setup.world,
-                  scheme=setup.scheme, recompute=setup.recompute)
+                  scheme=setup.scheme, recompute=setup.recompute, passes=setup.passes)
     received = {"context": _sequences(setup) * setup.shape.layers * sum(layer_traffic(setup)),
                 "weights and gradients": sum(_state_traffic(setup))}
     return Prediction(setup, terms, held, received)

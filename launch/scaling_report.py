@@ -45,10 +45,15 @@ def about(rows: Sequence[Row]) -> str:
     kinds = sorted({f"{row['device']}, torch {row['torch']}" for row in rows})
     batches = sorted({row["config"]["train"]["batch"] for row in rows})
     together = max(row["side_by_side"] for row in rows)
+    words = [set(row["asked"]["changes"]) for row in rows if "asked" in row]
+    common = sorted(word for word in set.intersection(*words) if not word.startswith("data.context=")) if words else []
+    counts = sorted({(row["asked"]["steps"], row["asked"]["skip"]) for row in rows if "asked" in row})
     return (f"Measured on {'; '.join(kinds)}. A step reads {' or '.join(map(str, batches))} sequence(s) of `context` "
-            "tokens, which all ranks share; its time is the median of the steps after the first ones. MFU counts the "
-            "operations the model needs, not those that activation checkpointing repeats. `exact` is PyTorch's own "
-            "attention on one rank, and the same kernels on gathered keys and values on several."
+            "tokens, which all ranks share; its time is the median of the steps after the first ones"
+            + "".join(f" ({steps} steps, of which {skip} do not count)" for steps, skip in counts)
+            + ". MFU counts the operations the model needs, not those that activation checkpointing repeats. `exact` "
+            "is PyTorch's own attention on one rank, and the same kernels on gathered keys and values on several."
+            + (f" Besides the files' settings: `{' '.join(common)}`." if common else "")
             + (f" Up to {together} runs stood side by side on one node, on GPUs of their own." if together > 1 else ""))
 
 
@@ -78,7 +83,7 @@ def _main_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         use, memory = row.get("flop_utilisation"), row["memory_bytes"]
         lines.append([row["model"], f"{row['context']}", f"{row['ranks']}", row["attention"], f"{row['seconds']:.3f}",
                       f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_second'] / row['ranks']:,.0f}",
-                      "-" if use is None else f"{use:.1%}", f"{memory / 2**30:.2f}",
+                      "-" if use is None else f"{use:.1%}", "-" if memory is None else f"{memory / 2**30:.2f}",
                       f"{row['received_bytes'] / 2**20:,.1f}", f"{row['losses'][-1]:.3f}" if row["losses"] else "-"])
     return ["model", "context", "ranks", "attention", "step s", "tokens/s", "a rank", "MFU", "GiB a rank",
             "MiB received", "last loss"], lines

@@ -181,3 +181,5 @@ def test_measured_rows_held_out_are_predicted_within_a_fifth(device):
         pytest.skip(f"launch/results has no rows of launch.bench attention, exchange or scaling measured on {device}")
     for kind, found in errors.items():
         assert np.abs(found).max() < 0.2, (kind, found)
+    memory = plan.memory_errors(machine, rows)
+    assert not len(memory) or np.abs(memory).max() < 0.2, memory

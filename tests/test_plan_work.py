@@ -1,4 +1,5 @@
 """The plan's counts of operations, bytes and parameters against counting itself."""
+import functools
 from dataclasses import replace
 
 import pytest
@@ -166,13 +167,18 @@ def test_bytes_kept_by_a_layer_are_those_autograd_keeps(model):
 
 def test_memory_shards_the_state_and_recomputes_the_rest():
     shape = Shape.of(MODEL)
-    one = memory(shape, None, 512, world=1, scheme="whole", recompute=False)
-    many = memory(shape, None, 512, world=8, scheme="sharded", recompute=True)
+    found = functools.partial(memory, shape, None)
+    one = found(512, world=1, scheme="whole", recompute=False, passes=2)
+    many = found(512, world=8, scheme="sharded", recompute=True, passes=2)
     assert one.state == 16 * shape.parameters and many.state == one.state / 8
     assert many.activations < one.activations
     assert one.total == one.state + one.copies + one.activations + one.logits
-    longer = memory(shape, None, 1024, world=1, scheme="whole", recompute=False)
+    longer = found(1024, world=1, scheme="whole", recompute=False, passes=2)
     assert longer.activations == 2 * one.activations
+    # At the loss of a single pass there are no gradients; in a recomputed layer's backward there are no logits.
+    assert found(512, world=1, scheme="whole", recompute=False).state == 12 * shape.parameters
+    late = found(65536, world=1, scheme="whole", recompute=True)
+    assert late.state == 16 * shape.parameters and late.logits == 0
 
 
 @pytest.mark.parametrize("changes", [{}, {"tolerance": 0.1}, {"tolerance": 0.1, "halo": 5}, {"opened": 0}], ids=str)
