@@ -24,7 +24,8 @@ MOVES = (6, 10)
 # Tensors of q's size, and as many of k's, that CUDA graphs are given or give away: forward on one device, forward on a
 # rank, backward. Each copy reads and writes.
 COPIES = (3, 2, 4)
-# Where ranks exchange something, forward and backward: kernels of either side wait there for each other's launch.
+# Exchanges of a layer, forward and backward. A rank takes longer than its operations and bytes say by about as much for
+# each, even where none is sent: found in measured rows, not explained.
 STOPS = {"moments": (3, 2), "kv": (2, 2), "exact": (1, 2)}
 # The host's time to start a layer's kernels, which run beside it: a layer takes whichever is longer.
 STARTS = ("start exact", "start", "start ranks", "start replay")
