@@ -3,7 +3,8 @@
 INPUT is a text file, a file of JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) or a folder, such as a source tree. Documents
 keep their order: files of one directory stay side by side, so that long contexts see what belongs together. FOLDER gets
 train.bin, train.idx, held_out.bin and held_out.idx, in Megatron's indexed format, the tokenizer, and data.json, with
-counts and with what was no text. Started again after an interruption, the command goes on.
+counts, with what was no text, and with what was skipped: hidden files and folders, broken links, links to folders.
+Started again after an interruption, the command goes on.
 
     python -m launch.data src/ --out tokens --tokenizer bpe --vocabulary 16384
     python -m launch.train --config configs/30m.toml --data tokens
@@ -37,10 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     for name in ("train", "held_out"):
         print(f"{name:<9}{about[name]['documents']:>12,} documents {about[name]['tokens']:>16,} tokens")
-    for why, count in sorted(about["bad"].items()):
-        print(f"left out {count:>12,} {why}: {'; '.join(about['examples'][why])}{' ...' if count > 5 else ''}")
+    for word, table in (("left out", "bad"), ("skipped", "skipped")):
+        for why, count in sorted(about[table].items()):
+            print(f"{word:<9}{count:>12,} {why}: {_places(about['examples'][why], count)}")
     print(f"vocabulary of {about['vocabulary']:,}, {about['dtype']}: {options.out}")
     return 0
+
+
+def _places(examples: list[str], count: int) -> str:
+    """Where some of `count` things are. Names of files may have bytes that are no UTF-8, which cannot be printed."""
+    text = "; ".join(examples) + (" ..." if count > len(examples) else "")
+    return text.encode(errors="backslashreplace").decode()
 
 
 def make(options: argparse.Namespace) -> dict[str, Any]:
@@ -49,7 +57,7 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--held-out-every {options.held_out_every}: must be at least 2")
     if options.workers < 1:
         raise ValueError(f"--workers {options.workers}: must be at least 1")
-    units = list_units(options.input, tuple(options.suffix))
+    units, skipped = list_units(options.input, tuple(options.suffix))
     parts = options.out / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     encoding = _encoding(options, units)
@@ -59,7 +67,7 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
             bar.update(size)
             if bar.disable and (done * 10 // len(units) > (done - 1) * 10 // len(units)):
                 print(f"{done} of {len(units)} pieces of the input", flush=True)
-    return join_parts(options.out, parts, len(units), encoding, options.held_out_every)
+    return join_parts(options.out, parts, len(units), encoding, options.held_out_every, skipped)
 
 
 def _encode_all(units: list[Unit], encoding: Encoding, parts: Path, workers: int) -> Iterator[int]:

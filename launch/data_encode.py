@@ -126,22 +126,25 @@ def _good(texts: Iterator[str | Bad], counts: Counter[str], examples: dict[str, 
         if isinstance(text, str):
             yield text
             continue
-        counts[text.why] += 1
-        kept = examples.setdefault(text.why, [])
-        if len(kept) < EXAMPLES:
-            kept.append(text.where)
+        note(text, counts, examples)
+
+
+def note(bad: Bad, counts: Counter[str], examples: dict[str, list[str]]) -> None:
+    """Count what is no document, and keep the first places of each kind."""
+    counts[bad.why] += 1
+    kept = examples.setdefault(bad.why, [])
+    if len(kept) < EXAMPLES:
+        kept.append(bad.where)
 
 
 def _encoder(encoding: Encoding) -> Callable[[Iterator[str]], Iterator[np.ndarray]]:
     """A function from documents to their tokens, int64 or uint8 [tokens]."""
     if not encoding.tokenizer:
-        # Lone surrogates, which JSON can spell, have no bytes in UTF-8.
-        return lambda texts: (np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int64) for text in texts)
+        return lambda texts: (np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts)
     tokenizer = _tokenizer(Path(encoding.tokenizer))
 
     def encode(texts: Iterator[str]) -> Iterator[np.ndarray]:
         while batch := list(islice(texts, BATCH)):
-            batch = [text.encode(errors="replace").decode() for text in batch]
             for found in tokenizer.encode_batch(batch, add_special_tokens=False):
                 yield np.array(found.ids, np.int64)
 

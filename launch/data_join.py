@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from launch.data_encode import EXAMPLES, Encoding, read_part
+from launch.data_encode import EXAMPLES, Encoding, note, read_part
+from launch.data_sources import Bad
 from launch.indexed import token_dtype, write_index
 
 
@@ -24,11 +26,13 @@ class Stream(NamedTuple):
     digest: Any
 
 
-def join_parts(folder: Path, parts: Path, count: int, encoding: Encoding, held_out_every: int) -> dict[str, Any]:
+def join_parts(folder: Path, parts: Path, count: int, encoding: Encoding, held_out_every: int,
+               skipped: Iterable[Bad] = ()) -> dict[str, Any]:
     """Write train.bin, held_out.bin, their indexes and data.json to `folder`, from `count` parts in order.
 
     Args:
         held_out_every: every so many-th document, of all, goes to held_out.
+        skipped: files and folders that were not read, for data.json.
     Returns:
         the content of data.json.
     Raises:
@@ -37,7 +41,10 @@ def join_parts(folder: Path, parts: Path, count: int, encoding: Encoding, held_o
     _check_held_out(parts, count, held_out_every)
     dtype = token_dtype(encoding.vocabulary)
     bad: Counter[str] = Counter()
+    left: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
+    for one in skipped:
+        note(one, left, examples)
     streams = [Stream(name, (folder / f"{name}.bin.partial").open("wb"), [], hashlib.sha256())
                for name in ("train", "held_out")]
     number = 0
@@ -59,7 +66,7 @@ def join_parts(folder: Path, parts: Path, count: int, encoding: Encoding, held_o
              "digest": hashlib.sha256(b"".join(stream.digest.digest() for stream in streams)).hexdigest(),
              **{stream.name: {"documents": len(stream.lengths), "tokens": sum(stream.lengths),
                               "sha256": stream.digest.hexdigest()} for stream in streams},
-             "bad": dict(bad), "examples": examples}
+             "bad": dict(bad), "skipped": dict(left), "examples": examples}
     partial = folder / "data.json.partial"
     partial.write_text(json.dumps(about, indent=1) + "\n")
     partial.replace(folder / "data.json")  # last: with it the folder is complete

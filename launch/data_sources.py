@@ -33,26 +33,30 @@ class Unit:
 
 @dataclass(frozen=True)
 class Bad:
-    """Something of the input that is no document."""
+    """Something of the input that is no document, or that was skipped before it was read."""
 
     where: str
     why: str
 
 
-def list_units(inputs: list[Path], suffixes: tuple[str, ...]) -> list[Unit]:
-    """The input cut into units, in the order of the arguments and, within a folder, of the paths in it.
+def list_units(inputs: list[Path], suffixes: tuple[str, ...]) -> tuple[list[Unit], list[Bad]]:
+    """The input cut into units, in the order of the arguments and of the paths in a folder, and what is skipped.
 
     Args:
         inputs: text files, files of JSON lines, or folders. Of a folder every file is taken, those of JSON lines line
             by line, except hidden ones; with `suffixes` only those that end like that.
     Raises:
-        ValueError: nothing is found. OSError: an input is not there.
+        ValueError: nothing is found. OSError: an input is not there, or a folder cannot be listed.
     """
     units: list[Unit] = []
     files: list[tuple[str, int]] = []
+    skipped: list[Bad] = []
     for path in (found for given in inputs for found in _walk(given, suffixes)):
+        if isinstance(path, Bad):
+            skipped.append(path)
+            continue
         size = path.stat().st_size
-        if path.name.endswith(LINES):
+        if path.name.endswith(LINES) and size:  # an empty one is a document without text, which reading it counts
             units += [*_file_units(files), *_line_units(path, size)]
             files = []
         else:
@@ -61,21 +65,51 @@ def list_units(inputs: list[Path], suffixes: tuple[str, ...]) -> list[Unit]:
     if not units:
         raise ValueError(f"no file to read in {', '.join(map(str, inputs))}"
                          + (f" that ends in {' or '.join(suffixes)}" if suffixes else ""))
-    return units
+    return units, skipped
 
 
-def _walk(given: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+def _walk(given: Path, suffixes: tuple[str, ...]) -> Iterator[Path | Bad]:
     """A file itself; of a folder all files, those of one directory together: the order of a repository's listing."""
     if not given.is_dir():
         given.stat()
         yield given
         return
-    for folder, folders, names in os.walk(given):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for folder, folders, names in os.walk(given, onerror=_fail):
+        walked = []
+        for name in sorted(folders):
+            why = _skipped_folder(Path(folder, name))
+            if why:
+                yield Bad(str(Path(folder, name)), why)
+            else:
+                walked.append(name)
+        folders[:] = walked
         for name in sorted(names):
             path = Path(folder, name)
-            if not name.startswith(".") and path.is_file() and (not suffixes or name.endswith(suffixes)):
-                yield path
+            why = _skipped_file(path, suffixes)
+            yield Bad(str(path), why) if why else path
+
+
+def _fail(error: OSError) -> None:
+    """os.walk leaves out a folder that it cannot list, unless told to fail."""
+    raise error
+
+
+def _skipped_folder(path: Path) -> str:
+    """Why a folder inside a folder is not walked through; "" if it is."""
+    if path.name.startswith("."):
+        return "hidden folder"
+    return "link to a folder" if path.is_symlink() else ""  # it may lead back here
+
+
+def _skipped_file(path: Path, suffixes: tuple[str, ...]) -> str:
+    """Why a file in a folder is not read; "" if it is."""
+    if path.name.startswith("."):
+        return "hidden file"
+    if suffixes and not path.name.endswith(suffixes):
+        return f"file that does not end in {' or '.join(suffixes)}"
+    if path.is_file():
+        return ""
+    return "broken link" if path.is_symlink() and not path.exists() else "no regular file"
 
 
 def _file_units(files: list[tuple[str, int]]) -> list[Unit]:
@@ -159,10 +193,16 @@ def _text(line: bytes, key: str, where: str) -> str | Bad:
         return Bad(where, "not UTF-8")
     except ValueError:
         return Bad(where, "not JSON")
+    except RecursionError:
+        return Bad(where, "nested too deeply")
     if not isinstance(row, dict) or key not in row:
         return Bad(where, f"no key {key!r}")
     if not isinstance(row[key], str):
         return Bad(where, f"{key!r} is no string")
+    try:
+        row[key].encode()
+    except UnicodeEncodeError:  # JSON can spell them, and UTF-8 has no bytes for them
+        return Bad(where, f"{key!r} has half a surrogate pair")
     return row[key] or Bad(where, f"{key!r} is empty")
 
 

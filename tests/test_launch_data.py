@@ -1,6 +1,7 @@
 """launch.data: every document once, in order; what is none is counted; the files are Megatron's."""
 import gzip
 import json
+import os
 import struct
 
 import numpy as np
@@ -82,6 +83,71 @@ def test_what_is_no_document_is_counted_and_named(tmp_path, capsys):
     assert f"2 not JSON: {tmp_path / 'a.jsonl'}, byte 0; " in printed
 
 
+HOSTILE = [b"[" * 100_000, b'{"text": ' + b'{"text": ' * 50_000, b'{"text": "\\ud800"}', b'{"text": "a\\udfffb"}',
+           b'{"text": "\xed\xa0\x80"}']  # the last spells the bytes themselves, as some writers do
+GOOD = [rb'{"text": "\ud83d\ude00"}', b'{"text": "' + "\U0001f600".encode() + b'"}']  # a whole pair is a letter
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_hostile_lines_are_counted_with_their_places(tmp_path, monkeypatch, capsys, tokenizer):
+    monkeypatch.setattr(data_sources, "UNIT", 400_000)
+    rows = [line for pair in zip(HOSTILE, [json.dumps({"text": text}).encode() for text in TEXTS]) for line in pair]
+    rows += GOOD
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_bytes(b"\n".join(rows) + b"\n")
+    about = make(out, path, "--tokenizer", tokenizer, "--vocabulary", "300")
+    printed = capsys.readouterr().out
+    assert about["bad"] == {"nested too deeply": 2, "'text' has half a surrogate pair": 3}
+    starts = [sum(len(row) + 1 for row in rows[:i]) for i in range(len(rows))]
+    places = [f"{path}, byte {start}" for start in starts[:len(HOSTILE) * 2:2]]
+    assert about["examples"] == {"nested too deeply": places[:2], "'text' has half a surrogate pair": places[2:]}
+    assert all(place in printed for place in places)
+    if tokenizer == "bytes":
+        assert (documents(out, "train"), documents(out, "held_out")) == expected([*TEXTS[:5], *2 * ["\U0001f600"]])
+    else:
+        assert about["train"]["documents"] == 6 and about["held_out"]["documents"] == 1
+
+
+def test_what_a_folder_has_and_is_not_read_is_counted(tmp_path, capsys):
+    tree, away = tmp_path / "tree", tmp_path / "away"
+    for path in (tree / ".git" / "config.txt", tree / "b" / ".hidden.txt", tree / "notes.md", away / "x.txt",
+                 *(tree / "b" / f"{i}.txt" for i in range(5))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    (tree / "b" / "gone.txt").symlink_to(tree / "nothing")
+    (tree / "good.txt").symlink_to(away / "x.txt")
+    (tree / "other").symlink_to(away)
+    (tree / os.fsdecode(b"bad\xff.md")).write_text("a name that is no UTF-8")
+    os.mkfifo(tree / "pipe.txt")
+    (tree / "none.jsonl").write_text("")
+    about = make(tmp_path / "out", tree, "--suffix", ".txt", ".jsonl")
+    assert about["bad"] == {"empty file": 1}
+    assert about["skipped"] == {"hidden folder": 1, "hidden file": 1, "broken link": 1, "link to a folder": 1,
+                                "no regular file": 1, "file that does not end in .txt or .jsonl": 2}
+    assert about["examples"]["broken link"] == [str(tree / "b" / "gone.txt")]
+    texts = ["x.txt" if name == "good.txt" else name for name in ("good.txt", *(f"{i}.txt" for i in range(5)))]
+    assert (documents(tmp_path / "out", "train"), documents(tmp_path / "out", "held_out")) == expected(texts)
+    printed = capsys.readouterr().out
+    assert f"skipped             1 hidden file: {tree / 'b' / '.hidden.txt'}\n" in printed
+    assert "bad\\udcff.md" in printed
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, capsys):
+    closed, scan = tmp_path / "tree" / "closed", os.scandir
+    closed.mkdir(parents=True)
+    (tmp_path / "tree" / "a.txt").write_text("a")
+
+    def refuses(path):
+        if str(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(SystemExit) as stop:
+        make(tmp_path / "out", tmp_path / "tree")
+    assert stop.value.code == 2 and f"Permission denied: '{closed}'" in capsys.readouterr().err
+
+
 def test_a_source_tree_keeps_its_order_and_leaves_out_what_is_no_text(tmp_path):
     for name, content in {"b/z.py": b"1", "b/a.py": b"2", "a.py": b"3", "b/c/d.py": b"4", "b/d/e.py": b"5",
                           ".git/x.py": b"no", "b/.hidden.py": b"no", "b/image.py": b"a\0b", "b/latin.py": b"\xe9",
@@ -102,7 +168,8 @@ def test_a_compressed_file_that_was_cut_off_gives_what_it_has_and_says_so(tmp_pa
     packed = pack(lines(texts))
     path = tmp_path / f"a.jsonl.{suffix}"
     path.write_bytes(packed[:len(packed) * 2 // 3])
-    found = list(read_unit(list_units([path], ())[0], "text"))
+    (unit,), _ = list_units([path], ())
+    found = list(read_unit(unit, "text"))
     good = [text for text in found if isinstance(text, str)]
     assert 0 < len(good) < 300 and good == texts[:len(good)]
     assert len(found) > len(good) and "cut off" in "".join(x.why for x in found if isinstance(x, Bad))
@@ -139,7 +206,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "data.json").exists()
     monkeypatch.setattr(data_encode, "read_unit", lambda unit, key: made.append(unit) or real(unit, key))
     assert make(tmp_path / "out", source) == whole
-    assert len(made) == len(set(made)) == len(list_units([source], ())), "nothing is done twice"
+    assert len(made) == len(set(made)) == len(list_units([source], ())[0]), "nothing is done twice"
     for name in ("train.bin", "train.idx", "held_out.bin", "held_out.idx"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "out" / "parts").exists()
@@ -151,7 +218,8 @@ def test_a_part_of_other_input_is_made_again(tmp_path):
     encoding = data_encode.byte_encoding("text")
     for text in ("before", "after!"):  # of one size
         source.write_bytes(lines([text]))
-        data_encode.encode_unit(0, list_units([source], ())[0], encoding, parts)
+        (unit,), _ = list_units([source], ())
+        data_encode.encode_unit(0, unit, encoding, parts)
         assert np.fromfile(parts / "part-000000.bin", np.uint16)[:-1].tolist() == list(text.encode())
 
 
