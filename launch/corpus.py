@@ -158,14 +158,31 @@ def _from_files(config: DataConfig, folder: Path) -> Corpus:
     if not (folder / "data.json").exists():
         raise FileNotFoundError(f"{folder} has no data.json, with which a folder of tokens is complete: "
                                 "python -m launch.data writes one")
-    about: dict[str, Any] = json.loads((folder / "data.json").read_text())
+    about = _read_about(folder / "data.json")
     streams = {part: IndexedTokens(folder / part) for part in ("train", "held_out")}
     for part, tokens in streams.items():
         if len(tokens) != about[part]["tokens"]:
             raise ValueError(f"{folder}: {part} has {len(tokens)} tokens, and data.json says {about[part]['tokens']}: "
                              "they are not of one run of launch.data; write them again")
-    return Corpus(streams["train"], streams["held_out"], config.context, int(about["vocabulary"]),
-                  str(about["digest"]))
+    return Corpus(streams["train"], streams["held_out"], config.context, about["vocabulary"], about["digest"])
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    """data.json of a folder of tokens; ValueError that names it if it is cut off, or says less than is needed."""
+    again = "; write the tokens again with python -m launch.data"
+    try:
+        about = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is cut off or no JSON ({error}){again}") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} is no table of what the tokens are{again}")
+    for key, kind in (("vocabulary", int), ("digest", str), ("train", dict), ("held_out", dict)):
+        if not isinstance(about.get(key), kind):
+            raise ValueError(f"{path} has no {kind.__name__} {key!r}{again}")
+    for part in ("train", "held_out"):
+        if not isinstance(about[part].get("tokens"), int):
+            raise ValueError(f"{path} has no int 'tokens' in {part!r}{again}")
+    return about
 
 
 def _from_sources(config: DataConfig, folder: Path) -> Corpus:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from launch.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig, parse_changes
 from launch.corpus import SEPARATOR, ArrayTokens, Corpus, load_corpus, permuted
 from muse_dist import MuseConfig
+from tests.launched import write_pattern
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.toml"
 MUSE = MuseConfig(block=32, leaf=8, group=16, anchors=2, remote_leaf=8, opened=2)
@@ -156,3 +157,24 @@ def test_the_standard_library_is_enough():
     assert len(corpus.train) > 2_000_000 and len(corpus.held_out) > 200_000
     assert corpus.train.array.max() == SEPARATOR
     assert 2.5 < corpus.held_out_entropy() < 4.0
+
+
+ABOUT = '{"vocabulary": 64, "digest": "pattern", "train": {"tokens": 20000}, "held_out": {"tokens": 1000}}'
+
+
+@pytest.mark.parametrize("text, message", [
+    (ABOUT[:ABOUT.index("}")], r"is cut off or no JSON \(Expecting .,. delim.*; write the tokens again"),
+    ("", "is cut off or no JSON"), ("\xff", "is cut off or no JSON"), ("[" * 100_000, "is cut off or no JSON"),
+    ("[]", "is no table"), ("{}", "has no int 'vocabulary'"),
+    (ABOUT.replace("train", "trian"), "has no dict 'train'; write the tokens again"),
+    (ABOUT.replace('"digest": "pattern", ', ""), "has no str 'digest'"),
+    (ABOUT.replace('"tokens": 1000', '"tokens": null'), "has no int 'tokens' in 'held_out'"),
+])
+def test_a_damaged_data_json_is_named(tmp_path, text, message):
+    write_pattern(tmp_path)
+    path, config = tmp_path / "data.json", DataConfig(path=str(tmp_path), context=16)
+    path.write_text(ABOUT)
+    assert len(load_corpus(config).train) == 20_000, "the whole one is read"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{path} {message}"):
+        load_corpus(config)
