@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,31 @@ from launch.ranks import Ranks, join_ranks
 from muse_dist import MuseConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def whole_number(text: str) -> int:
+    """The type of an option that is a number of something, at least 1.
+
+    Raises ArgumentTypeError, to which argparse adds the option's name.
+    """
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number") from error
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def positive(text: str) -> float:
+    """The type of an option that is a size or a speed: finite, above 0. ArgumentTypeError as of `whole_number`."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number") from error
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{value} must be a finite number above 0")
+    return value
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from launch.config import RunConfig, parse_changes
-from launch.options import write_line
+from launch.options import positive, whole_number, write_line
 from launch.plan_fit import fit_steps
 from launch.plan_machine import GPUS, Machine, known_machine
 from launch.plan_rates import Rates
@@ -197,16 +197,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, required=True, help="TOML file of launch.train")
     parser.add_argument("--set", nargs="+", default=[], metavar="TABLE.KEY=VALUE", action="extend",
                         help="another setting, such as muse.opened=8 train.batch=32")
-    parser.add_argument("--context", type=int, nargs="+", help="tokens of a sequence (default: the config's)")
-    parser.add_argument("--context-parallel", type=int, metavar="GPUS",
+    parser.add_argument("--context", type=whole_number, nargs="+", help="tokens of a sequence (default: the config's)")
+    parser.add_argument("--context-parallel", type=whole_number, metavar="GPUS",
                         help="GPUs that share a sequence (default: the config's; where that is 0, as many as a node "
                         "has and the context's blocks allow)")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
-    parser.add_argument("--per-node", type=int, default=8, metavar="GPUS", help="(default: %(default)s)")
+    parser.add_argument("--nodes", type=whole_number, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
+    parser.add_argument("--per-node", type=whole_number, default=8, metavar="GPUS", help="(default: %(default)s)")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="H200", help="(default: %(default)s)")
-    parser.add_argument("--intra", type=float, metavar="GB/S", help="a GPU receives from its node, nominal "
+    parser.add_argument("--intra", type=positive, metavar="GB/S", help="a GPU receives from its node, nominal "
                         "(default: NVLink's; measured exchanges replace it)")
-    parser.add_argument("--inter", type=float, default=50.0, metavar="GB/S",
+    parser.add_argument("--inter", type=positive, default=50.0, metavar="GB/S",
                         help="a GPU receives from other nodes, nominal (default: %(default)s, a 400 Gbit/s adapter)")
     parser.add_argument("--rows", type=Path, nargs="*", metavar="FILE",
                         help="JSON lines, or folders of them, to calibrate by (default: launch/results)")

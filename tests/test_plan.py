@@ -145,7 +145,13 @@ def test_every_config_has_a_plan_without_more_words(name, shared, tmp_path, caps
     (["--set", "model.vocabulary=0"], "model.vocabulary=0 takes the size from the data"),
     (["--context", "65000", "--context-parallel", "8"], "do not make whole blocks"),
     (["--context-parallel", "3"], "must divide"),
-    (["--inter", "0"], "inter=0.0 of H200 must be positive"),
+    *[([option, value], f"argument {option}: {value} must be at least 1")
+      for option in ("--nodes", "--per-node", "--context", "--context-parallel") for value in ("0", "-1")],
+    (["--nodes", "1", "0"], "argument --nodes: 0 must be at least 1"),
+    (["--per-node", "1.5"], "argument --per-node: '1.5' must be a whole number"),
+    *[([option, value], f"argument {option}: {float(value)} must be a finite number above 0")
+      for option in ("--intra", "--inter") for value in ("0", "-1", "nan", "inf")],
+    (["--inter", "fast"], "argument --inter: 'fast' must be a number"),
     (["--rows", "missing.jsonl"], "missing.jsonl"),
 ])
 def test_command_names_what_cannot_be(arguments, message, capsys):
