@@ -4,9 +4,9 @@
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29500 \\
         -m launch.doctor --config configs/1b.toml --inter 50
 
-Started as the run will be, on the same nodes. It looks at versions, limits, GPUs, the links between all pairs of ranks,
-clocks, the folder of the checkpoints, the settings and the data, and predicts memory and step time. The exit status is
-1 if there is a problem; warnings do not change it.
+Started as the run will be, on the same nodes, with the run's options of launch.train. It looks at versions, limits,
+GPUs, the links between all pairs of ranks, clocks, the folder of the checkpoints, the settings and the data, and
+predicts memory and step time. The exit status is 1 if there is a problem; warnings do not change it.
 """
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
-from launch.config import RunConfig, parse_changes
+from launch.config import RunConfig
 from launch.doctor_checks import (
     Finding, check_data, check_disk, check_host, check_prediction, check_settings, check_versions, problem,
 )
 from launch.doctor_links import check_clocks, check_devices, check_links, check_sums
-from launch.options import pick_device
+from launch.options import add_run_options, pick_device, positive, run_changes, whole_number
 from launch.ranks import Ranks, join_ranks
 
 WORDS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        config = RunConfig.from_toml(options.config, changes=parse_changes(options.set))
+        config = RunConfig.from_toml(options.config, name=options.name, changes=run_changes(options))
         device = pick_device(options.device)
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
@@ -101,19 +100,15 @@ def report(findings: Sequence[Finding], ranks: Ranks) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch.doctor", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="TOML file of the run")
-    parser.add_argument("--set", nargs="+", default=[], metavar="TABLE.KEY=VALUE", action="extend",
-                        help="another setting, as of launch.train")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where the run will go (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--per-node", type=int, metavar="GPUS", help="GPUs a node (default: of this node)")
-    parser.add_argument("--intra", type=float, metavar="GB/S", help="expected between two ranks of a node (default: "
+    add_run_options(parser)
+    parser.add_argument("--per-node", type=whole_number, metavar="GPUS", help="GPUs a node (default: of this node)")
+    parser.add_argument("--intra", type=positive, metavar="GB/S", help="expected between two ranks of a node (default: "
                         "NVLink's nominal speed, where it is known)")
-    parser.add_argument("--inter", type=float, metavar="GB/S", help="expected between ranks of two nodes (default: "
+    parser.add_argument("--inter", type=positive, metavar="GB/S", help="expected between ranks of two nodes (default: "
                         "only compared with each other)")
-    parser.add_argument("--megabytes", type=int, default=256, help="a rank writes to try the disk (default: "
+    parser.add_argument("--megabytes", type=whole_number, default=256, help="a rank writes to try the disk (default: "
                         "%(default)s)")
-    parser.add_argument("--timeout", type=int, default=120, metavar="SECONDS", help="to wait for other ranks "
+    parser.add_argument("--timeout", type=whole_number, default=120, metavar="SECONDS", help="to wait for other ranks "
                         "(default: %(default)s)")
     return parser
 

@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import torch
 
-from launch.config import RunConfig
+from launch.config import RunConfig, TrainConfig
 from launch.corpus import load_corpus
 from launch.engine import check_engine
 from launch.flops import peak_flops
+from launch.optimizer import check_optimizer
 from launch.plan import calibrated
 from launch.plan_machine import known_gpu, known_machine
 from launch.plan_model import Shape
@@ -116,11 +117,7 @@ def check_settings(config: RunConfig, ranks: Ranks) -> list[Finding]:
                              f"take train.batch={ceil_div(train.batch, sets) * sets}"))
     if size > 1:
         found += _check_split(config, size)
-    try:
-        check_engine(train.engine, ranks)
-    except ValueError as error:
-        text, _, mend = str(error).partition("; ")
-        found.append(problem("settings", text, mend))
+    found += _check_parts(train, ranks)
     if train.shard and ranks.world == 1:
         found.append(problem("settings", "train.shard=true with one rank", "start it with torchrun, or turn it off"))
     if train.attention == "muse" and config.data.context <= config.near_reach:
@@ -134,6 +131,18 @@ def check_settings(config: RunConfig, ranks: Ranks) -> list[Finding]:
                         dtype=torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
         found.append(ok("attention", f"runs on backend {backend_for(config.muse, q)}"))
     return found or [ok("settings", f"{ranks.world} rank(s), {size} of which share a sequence")]
+
+
+def _check_parts(train: TrainConfig, ranks: Ranks) -> list[Finding]:
+    """Whether engine and optimizer are installed and can work on these ranks."""
+    found = []
+    for check in (lambda: check_engine(train.engine, ranks), lambda: check_optimizer(train, ranks.device)):
+        try:
+            check()
+        except ValueError as error:
+            text, _, mend = str(error).partition("; ")
+            found.append(problem("settings", text, mend))
+    return found
 
 
 def _check_split(config: RunConfig, size: int) -> list[Finding]:

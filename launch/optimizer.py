@@ -25,11 +25,20 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
+    for device in {p.device for p in model.parameters()}:
+        check_optimizer(config, device)
+    return fused_adam()(groups, lr=config.lr, betas=BETAS, adam_w_mode=True)
+
+
+def check_optimizer(config: TrainConfig, device: torch.device) -> None:
+    """Raise ValueError if the optimizer that `config` names cannot run on this device, or is not installed."""
+    if config.optimizer == "adamw":
+        return
     if config.shard:
         raise ValueError("train.optimizer='apex' does not know sharded weights (train.shard=true); take 'adamw'")
-    if any(p.device.type != "cuda" for p in model.parameters()):
+    if device.type != "cuda":
         raise ValueError("train.optimizer='apex' needs a GPU; take 'adamw'")
-    return fused_adam()(groups, lr=config.lr, betas=BETAS, adam_w_mode=True)
+    fused_adam()
 
 
 def fused_adam() -> Any:
@@ -42,7 +51,7 @@ def fused_adam() -> Any:
         there = importlib.util.find_spec("apex") is not None
         raise ValueError("train.optimizer='apex': " + (
             "the apex that is installed is not NVIDIA's, or was built without its CUDA extensions (no module amp_C). "
-            "pip's apex is another project: uninstall it and build " if there else "apex is not installed: build ")
+            "pip's apex is another project; uninstall it and build " if there else "apex is not installed; build ")
             + "https://github.com/NVIDIA/apex with --cpp_ext --cuda_ext, or take 'adamw'")
     return importlib.import_module("apex.optimizers").FusedAdam
 

@@ -1,4 +1,4 @@
-"""What command lines have in common: settings of MuSe, devices and dtypes."""
+"""What command lines have in common: settings of a run and of MuSe, devices and dtypes."""
 from __future__ import annotations
 
 import argparse
@@ -14,10 +14,39 @@ from typing import Any
 
 import torch
 
+from launch.config import parse_changes
 from launch.ranks import Ranks, join_ranks
 from muse_dist import MuseConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which run: those of launch.train, which launch.doctor is to be given the same way."""
+    parser.add_argument("--config", type=Path, required=True, help="TOML file with the run's settings")
+    parser.add_argument("--name", help="folder of the run below --out; the config's file name by default")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs go (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="train this many steps instead of the config's")
+    parser.add_argument("--seed", type=int, help="of the weights and the batches, instead of the config's")
+    parser.add_argument("--engine", help="torch, deepspeed for its ZeRO, or megatron, instead of the config's")
+    parser.add_argument("--attention", help="muse, or exact for the baseline, instead of the config's")
+    parser.add_argument("--optimizer", help="adamw, or apex for NVIDIA's fused one, instead of the config's")
+    parser.add_argument("--context-parallel", type=int, metavar="RANKS", help="that share a sequence, 0 for all, "
+                        "instead of the config's")
+    parser.add_argument("--data", metavar="FOLDER", help="tokens that python -m launch.data wrote, instead of the "
+                        "config's")
+    parser.add_argument("--set", nargs="+", default=[], metavar="TABLE.KEY=VALUE", action="extend",
+                        help="any other setting, such as muse.opened=8 train.shard=true")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def run_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says instead of the file, as `RunConfig.from_toml` takes it; ValueError for a bad --set."""
+    named = {"train.steps": options.steps, "train.seed": options.seed,
+             "train.engine": options.engine, "train.attention": options.attention,
+             "train.optimizer": options.optimizer, "train.context_parallel": options.context_parallel,
+             "data.path": options.data}
+    return {**parse_changes(options.set), **{key: value for key, value in named.items() if value is not None}}
 
 
 def whole_number(text: str) -> int:

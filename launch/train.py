@@ -22,13 +22,13 @@ from transformers.utils import logging as transformers_logging
 
 from launch.checkpoint import Checkpoints
 from launch.compare import compare_first_steps, measure, received
-from launch.config import RunConfig, parse_changes
+from launch.config import RunConfig
 from launch.corpus import Corpus, load_corpus
 from launch.engine import make_engine
 from launch.guard import StopSignal
 from launch.metrics import read_metrics
 from launch.monitor import Monitor, Silent, Wandb
-from launch.options import pick_device
+from launch.options import add_run_options, pick_device, run_changes
 from launch.ranks import Ranks, join_ranks
 from launch.report import table, write_report
 from launch.trainer import Trainer
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with StopSignal().listening() as stop:
         try:
-            config = RunConfig.from_toml(options.config, name=options.name, changes=_changes(options))
+            config = RunConfig.from_toml(options.config, name=options.name, changes=run_changes(options))
             device = pick_device(options.device)
             corpus = load_corpus(config.data)
         except (OSError, TypeError, ValueError) as error:
@@ -171,34 +171,11 @@ def _monitor(config: RunConfig, folder: Path, wandb: Wandb, done: int) -> Monito
     return Monitor(config, folder, wandb, done)
 
 
-def _changes(options: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says instead of the file."""
-    named = {"train.steps": options.steps, "train.seed": options.seed,
-             "train.engine": options.engine, "train.attention": options.attention,
-             "train.optimizer": options.optimizer, "train.context_parallel": options.context_parallel,
-             "data.path": options.data}
-    return {**parse_changes(options.set), **{key: value for key, value in named.items() if value is not None}}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="TOML file with the run's settings")
-    parser.add_argument("--name", help="folder of the run below --out; the config's file name by default")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs go (default: %(default)s)")
+    add_run_options(parser)
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier run of that name left, and start "
                         "again; else an unfinished one goes on")
-    parser.add_argument("--steps", type=int, help="train this many steps instead of the config's")
-    parser.add_argument("--seed", type=int, help="of the weights and the batches, instead of the config's")
-    parser.add_argument("--engine", help="torch, deepspeed for its ZeRO, or megatron, instead of the config's")
-    parser.add_argument("--attention", help="muse, or exact for the baseline, instead of the config's")
-    parser.add_argument("--optimizer", help="adamw, or apex for NVIDIA's fused one, instead of the config's")
-    parser.add_argument("--context-parallel", type=int, metavar="RANKS", help="that share a sequence, 0 for all, "
-                        "instead of the config's")
-    parser.add_argument("--data", metavar="FOLDER", help="tokens that python -m launch.data wrote, instead of the "
-                        "config's")
-    parser.add_argument("--set", nargs="+", default=[], metavar="TABLE.KEY=VALUE", action="extend",
-                        help="any other setting, such as muse.opened=8 train.shard=true")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--wandb", choices=("off", "offline", "online"), default="off",
                         help="log to Weights & Biases too (default: %(default)s)")
     return parser

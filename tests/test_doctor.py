@@ -1,9 +1,12 @@
 """Every check of launch.doctor, on what is well and on what is not; then the command on one rank and on two."""
+import importlib.util
 import itertools
 import os
 import subprocess
 import sys
 import time
+import types
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from launch.doctor_checks import (
 from launch.doctor_links import (
     DeviceState, Link, check_clocks, check_links, check_sums, judge_clocks, judge_devices, judge_links, rounds,
 )
+from launch.optimizer import check_optimizer
 from launch.ranks import Ranks
 from muse_dist import MuseConfig
 from tests.ranks import run_ranks
@@ -67,6 +71,25 @@ def test_an_engine_that_cannot_run_here_is_a_problem(engine, ranks, words, mend,
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     found = check_settings(changed("train", engine=engine, attention="exact"), ranks)
     assert any(one.level == "problem" and words in one.text and mend in one.mend for one in found)
+
+
+@pytest.mark.parametrize("device, there, changes, words, mend", [
+    ("cpu", ("apex", "amp_C"), {}, "needs a GPU", "take 'adamw'"),
+    ("cuda", ("apex", "amp_C"), {"shard": True}, "does not know sharded weights", "take 'adamw'"),
+    ("cuda", (), {}, "apex is not installed", "build https://github.com/NVIDIA/apex"),
+    ("cuda", ("apex",), {}, "is not NVIDIA's", "uninstall it and build https"),
+    ("cuda", ("apex", "amp_C"), {}, "", "")])
+def test_an_optimizer_that_cannot_run_here_is_a_problem(device, there, changes, words, mend, monkeypatch):
+    """In launch.train's own words: both ask one function."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", types.SimpleNamespace(FusedAdam="the class"))
+    config = changed("train", optimizer="apex", attention="exact", **changes)
+    found = check_settings(config, replace(TWO, device=torch.device(device)))
+    problems = [one for one in found if one.level == "problem"]
+    assert [words in one.text and mend in one.mend for one in problems] == [True] * bool(words), problems
+    with pytest.raises(ValueError) if words else nullcontext() as refused:
+        check_optimizer(config.train, torch.device(device))
+    assert not words or str(refused.value) == f"{problems[0].text}; {problems[0].mend}"
 
 
 def test_a_missing_package_of_the_engine_is_a_problem(monkeypatch):
@@ -219,11 +242,22 @@ def test_command_on_one_rank(tmp_path, capsys):
     text = capsys.readouterr().out
     for part in ("versions", "data", "disk", "attention: runs on backend torch", "ready: 1 rank(s) on cpu"):
         assert part in text
-    assert doctor.main([*common, "--set", f"data.path={tmp_path / 'none'}"]) == 1
-    assert "PROBLEM data" in capsys.readouterr().out
+    assert doctor.main([*common, "--data", str(tmp_path / "none"), "--optimizer", "apex", "--name", "other"]) == 1
+    text = capsys.readouterr().out
+    assert f"PROBLEM data: {tmp_path / 'none'} has no data.json" in text
+    assert "PROBLEM settings: train.optimizer='apex' needs a GPU\n        take 'adamw'" in text
+    assert (tmp_path / "other" / "checkpoints").is_dir(), "where launch.train would write with these options"
+    assert doctor.main([*common, "--engine", "deepspeed", "--attention", "exact", "--set", "train.compare=false"]) == 1
+    text = capsys.readouterr().out
+    assert "PROBLEM settings: train.engine='deepspeed'" in text and "attention: runs on backend" not in text
     with pytest.raises(SystemExit) as stop:
         doctor.main([*common, "--set", "train.nothing=1"])
     assert stop.value.code == 2 and "unknown key 'nothing'" in capsys.readouterr().err
+    for option, value in (("--per-node", "0"), ("--intra", "-1"), ("--inter", "nan"), ("--megabytes", "0"),
+                          ("--timeout", "-5")):
+        with pytest.raises(SystemExit) as stop:
+            doctor.main([*common, option, value])
+        assert stop.value.code == 2 and f"argument {option}: " in capsys.readouterr().err
 
 
 def test_command_on_two_ranks(tmp_path):

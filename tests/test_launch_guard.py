@@ -133,10 +133,10 @@ def test_apex_is_known_by_its_fused_modules(monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in names else None)
 
     found()
-    with pytest.raises(ValueError, match="apex is not installed: build https://github.com/NVIDIA/apex"):
+    with pytest.raises(ValueError, match="apex is not installed; build https://github.com/NVIDIA/apex"):
         fused_adam()
     found("apex")  # the registry's, another project
-    with pytest.raises(ValueError, match="is not NVIDIA's.*amp_C.*pip's apex is another project: uninstall it"):
+    with pytest.raises(ValueError, match="is not NVIDIA's.*amp_C.*pip's apex is another project; uninstall it"):
         fused_adam()
     found("apex", "amp_C")
     monkeypatch.setitem(sys.modules, "apex.optimizers", types.SimpleNamespace(FusedAdam="the class"))
