@@ -17,10 +17,14 @@ from launch.corpus import SEPARATOR, VOCABULARY, load_corpus
 def load(folder: Path, texts: Sequence[Path]) -> tuple[PreTrainedModel, Callable[[int, int], Tensor]]:
     """A model in evaluation mode on the CPU, and the function tokens(n, at) of its validation tokens.
 
+    No pickle is read: a file from elsewhere must not run code.
+
     Args:
         folder: written by `save_pretrained`, or with a `load.py` that has `model(**config)` and `tokens(n, at)`, n
             consecutive validation tokens int64 [1, n] from place `at`.
         texts: files to read for a `save_pretrained` model; the held-out part of the standard library if there is none.
+    Raises:
+        ValueError: the folder is neither, has no safetensors, or does not fit `texts`.
     """
     if (folder / "load.py").is_file():
         if texts:
@@ -32,7 +36,11 @@ def load(folder: Path, texts: Sequence[Path]) -> tuple[PreTrainedModel, Callable
         return module.model(attn_implementation="sdpa").eval(), module.tokens
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model {folder}: neither config.json (of save_pretrained) nor load.py is there")
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype="auto").eval()
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"--model {folder}: no weights in safetensors, and others are pickles, which run code when "
+                         "they are read; write it with save_pretrained of transformers 5")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="sdpa", dtype="auto", use_safetensors=True).eval()
     stream = torch.from_numpy(_token_stream(folder, texts, model.config.vocab_size).astype(np.int64))
     return model, lambda n, at: stream[None, at:at + n]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from launch.ablations import ablated, ladder
@@ -256,6 +257,21 @@ def test_bad_models(tmp_path):
         load(tmp_path, [])
     small_model(vocabulary=99).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vocabulary of 99"):
+        load(tmp_path, [])
+
+
+def test_pickled_weights_are_refused(tmp_path, capsys, monkeypatch):
+    small_model().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")  # good weights, and yet a pickle
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", str(tmp_path), "--tokens", "100", "--windows", "1"])
+    assert stop.value.code == 2
+    assert f"--model {tmp_path}: no weights in safetensors" in capsys.readouterr().err
+    save_file({}, tmp_path / "other.safetensors")  # of something else: the library must not take the pickle either
+    with pytest.raises(OSError, match="safetensors"):
         load(tmp_path, [])
 
 
