@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.config import DataConfig
 from launch.corpus import VOCABULARY, load_corpus
+from launch.options import whole_number
 from muse_dist.deepspeed import initialize, load, running, save
 
 FINISHED = "finished"  # in the run's folder once all steps are done: launch/deepspeed.sh looks for it
@@ -25,11 +26,15 @@ FINISHED = "finished"  # in the run's folder once all steps are done: launch/dee
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; see the head of this file."""
-    options = _parser().parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / FINISHED).unlink(missing_ok=True)
-    corpus = load_corpus(DataConfig(context=options.tokens))
-    engine, *_ = initialize(build_model(options.tokens), options.deepspeed_config)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / FINISHED).unlink(missing_ok=True)
+        corpus = load_corpus(DataConfig(context=options.tokens))
+        engine, *_ = initialize(build_model(options.tokens), options.deepspeed_config)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        parser.error(str(error))
     if options.recompute:
         engine.module.gradient_checkpointing_enable({"use_reentrant": False})
     first = engine.muse.ranks.everyone.rank() == 0
@@ -78,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", default="configs/deepspeed/tiny.json", metavar="JSON",
                         help="with a section \"muse\" (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=2048, help="of a sequence, all ranks together")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--save-every", type=int, default=5, metavar="STEPS")
+    parser.add_argument("--tokens", type=whole_number, default=2048, help="of a sequence, all ranks together")
+    parser.add_argument("--steps", type=whole_number, default=20)
+    parser.add_argument("--save-every", type=whole_number, default=5, metavar="STEPS")
     parser.add_argument("--out", type=Path, default=Path("runs/deepspeed"), help="checkpoints and losses go there")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing of torch")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; LOCAL_RANK is what counts")

@@ -131,6 +131,18 @@ def test_stopping_the_deepspeed_recipe_stops_its_ranks(tmp_path):
     assert not psutil.wait_procs(ranks, timeout=60)[1]
 
 
+@pytest.mark.parametrize("more, message", [
+    ([], "muse.context_parallel_size=2 does not divide the 1 processes of the run; take a divisor of 1"),
+    (["--tokens", "0"], "argument --tokens: 0 must be at least 1")])
+def test_the_example_says_what_is_wrong_without_a_traceback(tmp_path, more, message):
+    alone_here = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                  "MASTER_PORT": free_port()}
+    run = start([sys.executable, *EXAMPLE, "--out", str(tmp_path), *more], **alone_here)
+    output, = finish(run)
+    assert run.returncode == 2 and "Traceback" not in output, output
+    assert output.splitlines()[-1].startswith(f"python -m launch.deepspeed_example: error: {message}")
+
+
 def example_of(folder, steps):
     """The example program, which saves after every fourth step."""
     return [*TORCHRUN, *EXAMPLE, "--out", str(folder), "--save-every", "4", "--steps", str(steps)]
