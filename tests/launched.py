@@ -20,6 +20,7 @@ import numpy as np
 from launch.indexed import write_index
 
 ROOT = Path(__file__).resolve().parents[1]
+DAY = 86_400  # seconds
 # A run of four steps that probes its layer.
 PROBED_RUN = """
 [model]
@@ -107,8 +108,11 @@ class Launcher:
         self._server.stdin.close()  # the server kills its children and ends
         self._server.wait(30)
 
-    def start(self, arguments, ranks, folder, limit=None, environment=None):
-        """`python -m launch.train ARGUMENTS` on so many ranks; no file may grow beyond `limit` bytes."""
+    def start(self, arguments, ranks, folder, limit=None, environment=None, early=None):
+        """`python -m launch.train ARGUMENTS` on so many ranks; no file may grow beyond `limit` bytes.
+
+        With `early` = (file, lines) the clock of every rank goes back by a day once the file has so many lines.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -117,6 +121,7 @@ class Launcher:
             outputs.append(folder / f"output-{rank}.txt")
             pids.append(self._ask({
                 "arguments": list(map(str, arguments)), "output": str(outputs[-1]), "limit": limit,
+                "early": early and [str(early[0]), early[1]],
                 "environment": {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(environment or {})}}))
         return Run(self, pids, outputs)
@@ -247,6 +252,16 @@ def serve(engine):
         os.kill(pid, signal.SIGKILL)
 
 
+def turn_back_clock(file, lines):
+    """Have this process's clock go back by a day as soon as `file` has so many lines."""
+    path, seconds, nanoseconds = Path(file), time.time, time.time_ns
+
+    def early():
+        return DAY if path.exists() and path.read_bytes().count(b"\n") >= lines else 0
+
+    time.time, time.time_ns = lambda: seconds() - early(), lambda: nanoseconds() - early() * 10 ** 9
+
+
 def run(main, request):
     """A rank, in the forked process."""
     status = 1
@@ -258,6 +273,8 @@ def run(main, request):
         os.environ.update(request["environment"])
         if request["limit"] is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], resource.RLIM_INFINITY))
+        if request["early"] is not None:
+            turn_back_clock(*request["early"])
         status = main(request["arguments"])
     except SystemExit as stop:
         status = stop.code

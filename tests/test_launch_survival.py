@@ -6,8 +6,9 @@ import time
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.launched import Case, Launcher, assert_same, small_run, write_pattern
+from tests.launched import DAY, Case, Launcher, assert_same, small_run, write_pattern
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,27 @@ def test_data_that_ends_early_is_named_and_what_was_learned_is_kept(case, undist
 
 
 def test_a_clock_that_goes_back_changes_nothing(case, undisturbed):
+    """After two steps, by a day; the run is then stopped, and goes on before the time at which it began."""
+    early = (case.run_folder / "metrics.jsonl", 2)
+    run = case.start(early=early)
+    case.wait_for_steps(run, 4)
+    run.kill(0, signal.SIGTERM)
+    assert run.wait() == [0, 0], run.output()
+    first, = (case.run_folder / "tensorboard").iterdir()
+    newest = case.checkpoints()[-1]
+    assert newest.name == f"step-{len(case.rows()):09}"
+    assert f"going on after step {len(case.rows())}" in case.finish(early=early)
+    assert_same(case, undisturbed)
+    assert [path.name for path in case.checkpoints()] == [path.name for path in undisturbed.checkpoints()]
+    assert all(0 < row["seconds"] < 60 for row in case.rows())
+    second, = set((case.run_folder / "tensorboard").iterdir()) - {first}
+    before, after = (EventAccumulator(str(path)).Reload().Scalars("train/loss") for path in (first, second))
+    assert [event.step for event in before + after] == list(range(1, 13))
+    begin, *later = [event.wall_time for event in before + after]  # the clock that the run itself has read
+    assert all(begin - DAY - 60 < when < begin - DAY + 600 for when in later)
+
+
+def test_dates_of_checkpoints_do_not_count(case):
     case.finish(2, "--steps", "4")
     oldest, newest = case.checkpoints()
     for path in (newest, *newest.iterdir()):  # the newest checkpoint has the oldest date
