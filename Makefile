@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo 'Python 3.10 or newer is needed: make PYTHON=python3.11 ...' >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 		{ echo 'Python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[launch,huggingface,megatron,deepspeed,mpi,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[launch,wandb,huggingface,megatron,deepspeed,mpi,dev]'
 	@touch $@
 
 clean:
