@@ -111,7 +111,8 @@ class Launcher:
     def start(self, arguments, ranks, folder, limit=None, environment=None, early=None):
         """`python -m launch.train ARGUMENTS` on so many ranks; no file may grow beyond `limit` bytes.
 
-        With `early` = (file, lines) the clock of every rank goes back by a day once the file has so many lines.
+        With `early` = (file, lines) the clock of every rank goes back by a day once the file has so many lines, and
+        runs backwards from then on.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -253,13 +254,16 @@ def serve(engine):
 
 
 def turn_back_clock(file, lines):
-    """Have this process's clock go back by a day as soon as `file` has so many lines."""
-    path, seconds, nanoseconds = Path(file), time.time, time.time_ns
+    """Have this process's clock go back by a day once `file` has so many lines, and run backwards from then on."""
+    path, right, turned = Path(file), time.time_ns, []
 
     def early():
-        return DAY if path.exists() and path.read_bytes().count(b"\n") >= lines else 0
+        now = right()
+        if not turned and path.exists() and path.read_bytes().count(b"\n") >= lines:
+            turned.append(now)
+        return 2 * turned[0] - now - DAY * 10 ** 9 if turned else now
 
-    time.time, time.time_ns = lambda: seconds() - early(), lambda: nanoseconds() - early() * 10 ** 9
+    time.time, time.time_ns = lambda: early() / 1e9, early
 
 
 def run(main, request):

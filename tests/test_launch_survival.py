@@ -198,7 +198,7 @@ def test_data_that_ends_early_is_named_and_what_was_learned_is_kept(case, undist
 
 
 def test_a_clock_that_goes_back_changes_nothing(case, undisturbed):
-    """After two steps, by a day; the run is then stopped, and goes on before the time at which it began."""
+    """After two steps, by a day, and on; the run is then stopped, and goes on before the time at which it began."""
     early = (case.run_folder / "metrics.jsonl", 2)
     run = case.start(early=early)
     case.wait_for_steps(run, 4)
@@ -215,7 +215,7 @@ def test_a_clock_that_goes_back_changes_nothing(case, undisturbed):
     before, after = (EventAccumulator(str(path)).Reload().Scalars("train/loss") for path in (first, second))
     assert [event.step for event in before + after] == list(range(1, 13))
     begin, *later = [event.wall_time for event in before + after]  # the clock that the run itself has read
-    assert all(begin - DAY - 60 < when < begin - DAY + 600 for when in later)
+    assert all(begin - DAY - 600 < when < begin - DAY + 600 for when in later)
 
 
 def test_dates_of_checkpoints_do_not_count(case):
