@@ -1,10 +1,13 @@
 """The processes of a DeepSpeed run and their groups, in the form DeepSpeed asks for them."""
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -151,14 +154,31 @@ def _init_distributed(timeout: timedelta) -> None:
 
 
 def _discover_by_mpi() -> None:
-    """Set what torch's rendezvous reads from MPI's ranks. DeepSpeed's own discovery overwrites MASTER_ADDR and PORT."""
+    """Set what torch's rendezvous reads from MPI's ranks. DeepSpeed's own discovery overwrites MASTER_ADDR and PORT.
+
+    From here on an exception that nobody catches ends all ranks.
+    """
     try:
         from mpi4py import MPI
     except ImportError as error:
         raise ImportError("the ranks are not known: start the run with torchrun, with deepspeed, or with mpirun and "
                           "mpi4py installed (pip install 'muse_dist[mpi]')") from error
+    atexit.register(_end_all_if_failed, MPI)
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     address = world.bcast(os.environ.get("MASTER_ADDR") or socket.gethostname())
     os.environ.update(RANK=str(world.Get_rank()), WORLD_SIZE=str(world.Get_size()), LOCAL_RANK=str(local.Get_rank()),
                       MASTER_ADDR=address, MASTER_PORT=os.environ.get("MASTER_PORT", DEFAULT_PORT))
+
+
+def _end_all_if_failed(mpi: Any) -> None:
+    """At this rank's exit: end all ranks if it was an exception that nobody caught.
+
+    MPI's end waits for every rank, so that without this one that is stuck would keep the others for ever.
+    """
+    # Python keeps such an exception here before it shows it. By now it is shown, by whichever hook: torch's collects
+    # what those before it print, which would be lost if one of them ended the process.
+    if hasattr(sys, "last_value") and not mpi.Is_finalized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        mpi.COMM_WORLD.Abort(1)
