@@ -6,6 +6,8 @@ came of them to FOLDER/CASE.pt.
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -239,34 +241,41 @@ def run_cases(names: list[str]) -> dict[str, dict[str, Any]]:
     return {name: shared(CASES[name]) for name in names}
 
 
-def hang(engine: Any, where: str) -> None:
-    """Train; in the second step the last rank sleeps, before it takes part in what `where` names."""
+def hang(engine: Any, where: str, how: str) -> None:
+    """Train; in the second step the last rank gets stuck, before it takes part in what `where` names.
+
+    `how`: "sleep", out of which a signal wakes it, or "stop", in which only SIGKILL reaches it.
+    """
     from muse_dist.deepspeed import running
 
+    stick = {"sleep": lambda: time.sleep(1000), "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP)}[how]
     tokens = next(batches(1, 1))[0]
     with running(engine):
         for step in range(STEPS):
             stuck = step == 1 and engine.muse.ranks.context_rank == 1
             if stuck and where == "shard":
-                time.sleep(1000)
+                stick()
             inputs, labels = engine.muse.shard(tokens)
             engine.backward(engine.muse.loss(engine(**inputs), labels))
             if stuck and where == "step":
-                time.sleep(1000)
+                stick()
             engine.step()
             print(f"done {step} {time.time()}", flush=True)
 
 
 def main() -> None:
-    """The program: FOLDER CASE... runs cases; `hang` STAGE WHERE and `sleep` are what their names say."""
+    """The program: FOLDER CASE... runs cases; `hang` FOLDER STAGE WHERE HOW and `sleep` do what their names say.
+
+    `hang` writes nothing; its FOLDER is for others to know the process by.
+    """
     if sys.argv[1] == "sleep":
         time.sleep(1000)
     from muse_dist.deepspeed_ranks import leave_processes
 
     torch.set_num_threads(1)
     if sys.argv[1] == "hang":
-        case = Case(int(sys.argv[2]), model="own", muse={"timeout_seconds": 10})
-        hang(start_engine(case), sys.argv[3])
+        case = Case(int(sys.argv[3]), model="own", muse={"timeout_seconds": 10})
+        hang(start_engine(case), *sys.argv[4:])
         return
     for name, found in run_cases(sys.argv[2:]).items():
         if dist.get_rank() == 0:
