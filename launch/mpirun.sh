@@ -6,7 +6,8 @@
 #
 # mpi4py tells every process its rank. The first rank's host name and port 29500 are where the ranks meet; on hosts with
 # several networks set MASTER_ADDR (and MASTER_PORT for several runs on one host) and pass them on with -x.
-# mpirun ends all ranks when one fails, and exits with its status.
+# mpirun ends all ranks when one fails, and exits with its status. MPI's end waits for all ranks: where a program catches
+# the error of a rank and ends it with sys.exit, one that is stuck would be waited for; python -m mpi4py PROGRAM ends both.
 set -eu
 : "${OMP_NUM_THREADS:=1}"  # ranks share the node's cores
 export OMP_NUM_THREADS

@@ -72,7 +72,7 @@ def started(launcher, folder, *program):
         left = psutil.wait_procs(processes_of(folder), timeout=5)[1]
         said = [_asked(process.cmdline, "ended late") for process in left]
         for process in left:
-            process.kill()
+            _asked(process.kill, None)
         run.communicate()
     assert not left, said
 
