@@ -2,12 +2,14 @@
 
     launch/mpirun.sh -np 8 python -m launch.mpi launch.train --config configs/125m.toml
 
-MASTER_ADDR and MASTER_PORT are where the ranks meet: by default the first rank's host name, and 29500.
+MASTER_ADDR and MASTER_PORT are where the ranks meet: by default the first rank's host name, and 29500. SIGUSR1 to
+mpirun is SIGTERM to the ranks, and has launch.train save and end.
 """
 from __future__ import annotations
 
 import os
 import runpy
+import signal
 import socket
 import sys
 import traceback
@@ -34,6 +36,8 @@ def main(arguments: Sequence[str]) -> None:
     os.environ.update(RANK=str(world.Get_rank()), WORLD_SIZE=str(world.Get_size()), LOCAL_RANK=str(local.Get_rank()),
                       LOCAL_WORLD_SIZE=str(local.Get_size()), MASTER_ADDR=address, MASTER_PORT=port)
     sys.argv = list(arguments)
+    # mpirun that gets SIGTERM itself kills the ranks a quarter of a second later. SIGUSR1 it only hands on.
+    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     except SystemExit as stop:
