@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.launched import DAY, Case, Launcher, assert_same, small_run, write_pattern
+from tests.launchers import deepspeed, finish, mpirun, rank_process, started, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,14 @@ def case(launcher, data, tmp_path):
 def undisturbed(launcher, data, tmp_path_factory):
     """A run of 12 steps on two ranks that nothing happens to."""
     case = Case(launcher, data, tmp_path_factory.mktemp("undisturbed"))
+    case.finish()
+    return case
+
+
+@pytest.fixture(scope="module")
+def longer(launcher, data, tmp_path_factory):
+    """One of 40 steps, so that a launcher that is told to stop comes before the end."""
+    case = Case(launcher, data, tmp_path_factory.mktemp("longer"), 40)
     case.finish()
     return case
 
@@ -86,6 +95,49 @@ def test_sigterm_saves_and_ends_well(case, undisturbed):
     assert case.checkpoints()[-1].name == f"step-{step:09}"
     assert f"going on after step {step}" in case.finish()
     assert_same(case, undisturbed)
+
+
+def training(case, starter):
+    """The training command for a launcher."""
+    mpi = ["launch.mpi"] if starter is mpirun else []
+    return ["-m", *mpi, "launch.train", "--config", str(case.folder / "run.toml"), "--out", str(case.folder),
+            "--device", "cpu"]
+
+
+def wait_for_steps(case, run, steps):
+    deadline = time.monotonic() + 120
+    while len(case.rows()) < steps:
+        assert time.monotonic() < deadline and run.poll() is None, finish(run)
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("starter, number", [
+    (torchrun, signal.SIGTERM), (deepspeed, signal.SIGTERM), (mpirun, signal.SIGUSR1)])
+def test_a_launcher_that_is_told_to_stop_has_its_ranks_save(starter, number, launcher, data, longer, tmp_path):
+    case = Case(launcher, data, tmp_path, len(longer.rows()))
+    with started(starter, case.folder, *training(case, starter)) as run:
+        wait_for_steps(case, run, 3)
+        run.send_signal(number)
+        output, = finish(run)
+    step = len(case.rows())
+    assert f"stopped by SIGTERM after step {step};" in output
+    assert case.checkpoints()[-1].name == f"step-{step:09}"
+    assert f"going on after step {step}" in case.finish()
+    assert_same(case, longer)
+
+
+@pytest.mark.parametrize("starter", [torchrun, mpirun])
+def test_a_frozen_rank_ends_the_run_of_a_launcher(starter, case, data):
+    """SIGTERM does not reach it: torchrun kills it after half a minute. test_deepspeed_lost.py has DeepSpeed's."""
+    (case.folder / "run.toml").write_text(small_run(10_000, data, timeout=4))
+    with started(starter, case.folder, *training(case, starter)) as run:
+        wait_for_steps(case, run, 3)
+        rank_process(case.folder, 1).send_signal(signal.SIGSTOP)
+        frozen = time.monotonic()
+        output, = finish(run)
+    assert run.returncode != 0
+    assert "rank 0: no progress for 4 s in step" in output, output
+    assert 3 < time.monotonic() - frozen < 4 + 60
 
 
 def test_broken_checkpoints_are_named_and_skipped(case):
