@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from launch.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
 from launch.corpus import load_corpus
@@ -21,6 +22,7 @@ from launch.optimizer import fused_adam, make_optimizer, set_steps
 from launch.ranks import Ranks
 from launch.trainer import Trainer
 from muse_dist import MuseConfig
+from tests.ranks import outcomes, run_ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"), "zigzag")
 SMALL = RunConfig(name="small", model=ModelConfig(layers=2, width=16, heads=2, kv_heads=1, mlp=32),
@@ -86,6 +88,56 @@ def test_statistics_say_which_layer_is_broken(tmp_path):
     found = json.loads((tmp_path / "bad-step-000000001.json").read_text())["attention"]
     assert found["layer_0"]["not_finite"] == 0 and found["layer_0"]["k"] > 0
     assert found["layer_1"]["not_finite"] > 0 and found["layer_1"]["k"] is None
+
+
+class SpoiledOnOne(TorchEngine):
+    """An engine whose last hidden states are NaN in the third step, on rank 1 alone."""
+
+    seen = 0
+
+    def gradients(self, sequences, watch):
+        self.seen += 1
+        if self.seen != 3 or self.ranks.rank != 1:
+            return super().gradients(sequences, watch)
+        hook = self.model.model.norm.register_forward_hook(lambda module, inputs, output: output * math.nan)
+        try:
+            share = super().gradients(sequences, watch)
+        finally:
+            hook.remove()
+        assert share.isnan()
+        return share
+
+
+def rows_of_a_rank(folder, policy):
+    """Steps of one of two ranks: whether each was left out, and its loss; and the sum of a weight at the end."""
+    ranks = Ranks(dist.get_rank(), 2, torch.device("cpu"), "zigzag", dist.new_group(), dist.new_group(),
+                  dist.new_group())
+    config = dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, bad_step=policy))
+    rows, engine = [], SpoiledOnOne(config, ranks, 257)
+    trainer = Trainer(engine, load_corpus(config.data), config, ranks, Silent(rows), folder=folder)
+    trainer.run(2)
+    before = {name: x.clone() for name, x in engine.tensors().items()}
+    trainer.run(3)
+    assert all(torch.equal(before[name], x) for name, x in engine.tensors().items()), "nothing was learned from it"
+    trainer.run()
+    return [(row["skipped"], row["loss"]) for row in rows], engine.model.lm_head.weight.sum().item()
+
+
+def test_a_bad_step_of_one_rank_is_left_out_on_all(tmp_path):
+    first, second = run_ranks(2, rows_of_a_rank, tmp_path, "skip")
+    assert [skipped for skipped, _ in first[0]] == [0, 0, 1, 0, 0]
+    assert [math.isnan(loss) for _, loss in first[0]] == [False, False, True, False, False]
+    assert repr(first) == repr(second) and math.isfinite(first[1]), "the ranks have the same weights"
+    (path,) = tmp_path.iterdir()
+    about = json.loads(path.read_text())
+    assert path.name == "bad-step-000000003.json" and about["problem"] == "the loss is nan"
+    assert set(about["attention"]) == {"layer_0", "layer_1"}
+
+
+def test_a_bad_step_of_one_rank_stops_all(tmp_path):
+    for found in outcomes(2, rows_of_a_rank, tmp_path, "stop"):
+        assert not found.died and "FloatingPointError: step 3 is bad: the loss is nan" in found.error
+    assert [path.name for path in tmp_path.iterdir()] == ["bad-step-000000003.json"]
 
 
 def test_a_spike_is_told_from_what_is_usual():
