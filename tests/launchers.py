@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import sysconfig
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,22 +30,35 @@ def torchrun(folder, *program):
 
 def deepspeed(folder, *program):
     """As `torchrun`; the program must leave a file `finished` in the folder if it ends well."""
+    _need("deepspeed", "deepspeed")
     module = ["--module"] if program[0] == "-m" else []
     return [str(ROOT / "launch" / "deepspeed.sh"), str(folder), "--num_gpus", "2", "--master_port", free_port(),
             *module, *program[len(module):]]
 
 
 def mpirun(folder, *program):
+    """As `torchrun`."""
+    _need("mpi4py", "mpirun")
     return ["env", f"MASTER_PORT={free_port()}", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
             str(ROOT / "launch" / "mpirun.sh"), "-np", "2", "--oversubscribe", "-x", "MASTER_PORT", sys.executable,
             *program]
 
 
+def _need(package, launcher):
+    """Skip the test where a launcher is not installed."""
+    if find_spec(package) is None or shutil.which(launcher, path=_path()) is None:
+        pytest.skip(f"there is no {package}, or no {launcher}")
+
+
+def _path():
+    """Where commands are looked for: where this Python's are first."""
+    return f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+
+
 def start(command):
     """A launcher in a process group of its own; what it and its ranks say goes to one pipe."""
-    scripts = sysconfig.get_path("scripts")
     variables = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": _path()}
     return subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, start_new_session=True)
 
