@@ -100,8 +100,8 @@ def test_stopping_the_deepspeed_recipe_stops_its_ranks(tmp_path):
     ([], "muse.context_parallel_size=2 does not divide the 1 processes of the run; take a divisor of 1"),
     (["--tokens", "0"], "argument --tokens: 0 must be at least 1")])
 def test_the_example_says_what_is_wrong_without_a_traceback(tmp_path, more, message):
-    one_rank = ["env", "RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
-    run = start([*one_rank, sys.executable, "-m", "launch.deepspeed_example", "--tokens", "1024", "--out", str(tmp_path),
+    rank = ["env", "RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
+    run = start([*rank, sys.executable, "-m", "launch.deepspeed_example", "--tokens", "1024", "--out", str(tmp_path),
                  *more])
     output, = finish(run)
     assert run.returncode == 2 and "Traceback" not in output, output
