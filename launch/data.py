@@ -3,8 +3,9 @@
 INPUT is a text file, a file of JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) or a folder, such as a source tree. Documents
 keep their order: files of one directory stay side by side, so that long contexts see what belongs together. FOLDER gets
 train.bin, train.idx, held_out.bin and held_out.idx, in Megatron's indexed format, the tokenizer, and data.json, with
-counts, with what was no text, and with what was skipped: hidden files and folders, broken links, links to folders.
-Started again after an interruption, the command goes on.
+counts, with what was no text, and with what was skipped: hidden files and folders, broken links, links to folders,
+files of other suffixes than --suffix, and what is no regular file. Started again after an interruption, the command
+goes on.
 
     python -m launch.data src/ --out tokens --tokenizer bpe --vocabulary 16384
     python -m launch.train --config configs/30m.toml --data tokens

@@ -172,7 +172,7 @@ def plot(path: Path, series: Series, x: str, y: str) -> Path:
     axes = figure.subplots()
     for number, (label, points) in enumerate(series.items()):
         axes.plot(*zip(*points), label=label, color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3],
-                  marker="" if x == "tokens read" else "o")
+                  marker="" if x == "tokens read" else ("o", "s", "^")[number // 10 % 3])
     if x != "tokens read":
         axes.set_xscale("log", base=2)
         ticks = sorted({point[0] for points in series.values() for point in points})
@@ -181,6 +181,6 @@ def plot(path: Path, series: Series, x: str, y: str) -> Path:
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     if series:
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", handlelength=4)
     figure.savefig(path, dpi=130)
     return path

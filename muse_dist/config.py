@@ -27,7 +27,7 @@ class MuseConfig:
     """Settings of multipole semantic attention. Each field's `metadata["help"]` says what it costs and buys.
 
     Raises `ValueError` or `TypeError`, naming the field and the fix, for values that cannot work together.
-    The notation is that of DESIGN.md: a sequence of N tokens is cut into blocks, the keys of a block into leaves,
+    A sequence of N tokens is cut into blocks, the keys of a block into leaves,
     its queries into groups.
     """
 
@@ -77,9 +77,9 @@ class MuseConfig:
         "empty: those pinned in the code, measured on an H200"))
     cuda_graphs: bool = _option(False, (
         "record the kernels of a thread's second call with a shape and replay them afterwards: saves the host's time, "
-        "which is most of a call of 16k tokens a GPU, and keeps the memory of a forward and a backward. With the GPU "
-        "kernels only, and not beside torch.compile's own graphs (mode='reduce-overhead'); a graph that you capture "
-        "around the call takes in everything itself"))
+        "which is most of a call of 16k tokens and 16 heads of 64, and keeps the memory of a forward and a backward. "
+        "With the GPU kernels only, and not beside torch.compile's own graphs (mode='reduce-overhead'); a graph that "
+        "you capture around the call takes in everything itself"))
 
     # JSON of the fields, for operators of PyTorch, which take numbers and strings. Not a field: every instance has its
     # own, made once, because torch.compile cannot trace json.

@@ -1,4 +1,4 @@
-"""The structure: orders, anchors and opened leaves, as DESIGN.md sections 1.1 and 1.3 define them."""
+"""The structure: orders, anchors and opened leaves against their definitions."""
 import math
 
 import pytest
