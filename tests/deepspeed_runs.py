@@ -216,11 +216,12 @@ def full_parameters(engine: Any) -> dict[str, Tensor]:
 CASES: dict[str, Case] = {
     **{f"stage {stage}, accumulation, clipping": Case(stage, accumulation=2, clip=0.3) for stage in range(4)},
     **{f"stage {stage}, small buckets": Case(stage, zero=SMALL) for stage in (1, 2, 3)},
-    **{f"stage {stage}, offload": Case(stage, zero=OFFLOAD[stage], clip=0.3) for stage in (2, 3)},
+    **{f"stage {stage}, offload": Case(stage, zero=OFFLOAD[stage], clip=0.3) for stage in (1, 2, 3)},
     "stage 3, offload of parameters alone": Case(
         3, zero={**SMALL, "offload_param": OFFLOAD[3]["offload_param"]}, accumulation=2, clip=0.3),
     **{f"stage {stage}, own model, DeepSpeed recomputes": Case(stage, model="own", recompute="deepspeed")
-       for stage in (2, 3)},
+       for stage in range(4)},
+    "stage 0, torch recomputes": Case(0, recompute="torch"),
     "stage 1, torch recomputes, contiguous": Case(1, recompute="torch", muse={"layout": "contiguous"}),
     "stage 3, torch recomputes, zero.Init": Case(3, recompute="torch", sharded_start=True),
     "stage 3, zero.Init, three batch sizes, accumulation, clipping": Case(
@@ -231,6 +232,9 @@ CASES: dict[str, Case] = {
 }
 CASES_OF_FOUR: dict[str, Case] = {
     **{f"2 x 2, stage {stage}": Case(stage, accumulation=2, clip=0.3, zero=SMALL) for stage in range(4)},
+    "2 x 2, stage 2, own model, DeepSpeed recomputes": Case(2, model="own", accumulation=2, clip=0.3,
+                                                             recompute="deepspeed"),
+    "2 x 2, stage 3, torch recomputes": Case(3, accumulation=2, clip=0.3, recompute="torch"),
     "context 4, stage 3": Case(3, context=4),
 }
 CASES |= CASES_OF_FOUR
