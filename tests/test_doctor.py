@@ -204,7 +204,7 @@ def test_prediction_of_memory_and_time():
     config = RunConfig.from_toml(ROOT / "configs" / "1b.toml")
     fits, = predicted(config, "H200", 8, 8, 141 << 30)
     assert fits.level == "ok" and "s a step, most of it" in fits.text
-    too_much, = predicted(replace(config, train=replace(config.train, recompute=False)), "H200", 2, 2, 80 << 30)
+    too_much, = predicted(replace(config, train=replace(config.train, recompute=False)), "H200", 2, 2, 64 << 30)
     assert too_much.level == "problem" and "train.recompute=true" in too_much.mend
     impossible, = predicted(config, "H200", 3, 8, 141 << 30)
     assert impossible.level == "warning" and "do not make whole blocks" in impossible.text
