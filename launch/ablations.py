@@ -12,7 +12,7 @@ from torch import Tensor
 
 from muse_dist import MuseConfig, muse_attention
 from muse_dist.attention import near_only
-from muse_dist.checks import check_inputs
+from muse_dist.checks import check_tensors
 from muse_dist.compute import near_forward, working
 from muse_dist.emulation import emulate_ranks
 from muse_dist.kernels import plain_blocks, reference
@@ -80,9 +80,8 @@ def ablated(
     """
     if far not in get_args(Far):
         raise ValueError(f"far={far!r}: must be one of {', '.join(get_args(Far))}")
-    if isinstance(config, MuseConfig):  # else it is refused by name
-        config = dataclasses.replace(config, backend="torch", tiles="", cuda_graphs=False)
-    scale = check_inputs(q, k, v, config, scale)
+    scale = check_tensors(q, k, v, config, scale)
+    config = config.plain()
     rows, keys, values = working(q, k, v, config)
     near, near_lse = near_forward(rows, keys, values, scale, config)
     if not has_far_field(q.shape[2], config):

@@ -66,7 +66,7 @@ def check_muse(config: MuseConfig, problem: Problem) -> Check:
     for _ in range(2 if small.cuda_graphs else 1):  # the second call replays
         found = step(lambda q, k, v: muse_attention(q, k, v, config=small), _leaves(tensors), tensors[3])
     plan = Plan(*torch.ops.muse_dist.plan(tensors[0], tensors[1], problem.shape.dim ** -0.5, small.encoded))
-    twin = dataclasses.replace(small, backend="torch", cuda_graphs=False)
+    twin = small.plain()
     wide = [x.double() for x in tensors]
     given = plan._replace(anchors=plan.anchors.double())
     same = step(lambda q, k, v: attend(q, k, v, given, twin, problem.shape.dim ** -0.5), _leaves(wide), wide[3])
@@ -91,7 +91,7 @@ def check_muse_ranks(config: MuseConfig, problem: Problem) -> Check:
     ranks, small = problem.ranks, scaled(config)
     tensors = _inputs(problem, 4 * ranks.size * small.block)
     wide = [x.double() for x in tensors]
-    twin = dataclasses.replace(small, backend="torch", cuda_graphs=False)
+    twin = small.plain()
     wanted = step(_emulation(twin, ranks), _leaves(wide), wide[3])
     exact, allowed = _exact(problem, tensors)
     same = _over_ranks(twin, ranks, wide)

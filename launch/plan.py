@@ -111,11 +111,10 @@ def calibration_text(machine: Machine, rows: Rows, dim: int) -> str:
 
 
 def _memory_lines(machine: Machine, rows: Rows) -> list[str]:
-    ratios = memory_errors(machine, rows)
-    if not len(ratios):
+    size = np.abs(memory_errors(machine, rows))
+    if not len(size):
         return []
-    return [f"  error of the memory of {len(ratios)} steps, not fitted: median {np.median(np.abs(ratios)):.1%}, "
-            f"largest {np.abs(ratios).max():.1%}"]
+    return [f"  error of the memory of {len(size)} steps: median {np.median(size):.1%}, largest {size.max():.1%}"]
 
 
 def memory_errors(machine: Machine, rows: Rows) -> np.ndarray:

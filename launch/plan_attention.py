@@ -21,12 +21,12 @@ PRODUCTS = {
 }
 # How often the queries and keys of a layer move through memory for the far field: cut, sorted, and put back.
 MOVES = (6, 10)
-# Tensors of q's size, and as many of k's, that CUDA graphs are given or give away: forward on one device, forward on a
-# rank, backward. Each copy reads and writes.
-COPIES = (3, 2, 4)
+# Tensors of q's size, and as many of k's, that CUDA graphs are given or give away, forward and backward; on one device
+# the choice of leaves is a graph of its own. Each copy reads and writes.
+COPIES, COPIES_ALONE = (2, 4), (3, 4)
 # Exchanges of a layer, forward and backward. A rank takes longer than its operations and bytes say by about as much for
 # each, even where none is sent: found in measured rows, not explained.
-STOPS = {"moments": (3, 2), "kv": (2, 2), "exact": (1, 2)}
+EXCHANGES = {"moments": (3, 2), "kv": (2, 2), "exact": (1, 2)}
 # The host's time to start a layer's kernels, which run beside it: a layer takes whichever is longer.
 STARTS = ("start exact", "start", "start ranks", "start replay")
 
@@ -66,8 +66,8 @@ def attention_work(case: Case) -> Work:
     passes = [{stage: 2.0 * products[i] * case.dim * pairs[stage] for stage, products in PRODUCTS.items()
                if pairs.get(stage) and products[i]} for i in (0, 1)]
     once = 2.0 * case.dim * (case.heads + case.kv_heads) * case.tokens / case.ranks  # bytes of q and k
-    stops = STOPS["exact" if case.muse is None else case.muse.exchange]
-    for work, moves, copies, count in zip(passes, MOVES, (COPIES[0 if case.ranks == 1 else 1], COPIES[2]), stops):
+    stops = exchange_counts(case)
+    for work, moves, copies, count in zip(passes, MOVES, COPIES if case.ranks > 1 else COPIES_ALONE, stops):
         if case.ranks > 1:
             work["stops"] = count
         if pairs.get("far field"):
@@ -75,6 +75,11 @@ def attention_work(case: Case) -> Work:
         if case.muse is not None and case.muse.cuda_graphs:
             work["copies"] = 2 * copies * once
     return Work(passes[0], passes[1], _start(case))
+
+
+def exchange_counts(case: Case) -> tuple[int, int]:
+    """Exchanges of a layer over several ranks, forward and backward."""
+    return EXCHANGES["exact" if case.muse is None else case.muse.exchange]
 
 
 def _start(case: Case) -> str:

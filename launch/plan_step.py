@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import DataConfig, DeepSpeedConfig, ModelConfig, RunConfig, TrainConfig
-from launch.plan_attention import Case, attention_work
+from launch.plan_attention import Case, attention_work, exchange_counts
 from launch.plan_machine import Machine
 from launch.plan_model import OPTIMIZER_BYTES, SCHEMES, Memory, Shape, memory
 from launch.plan_rates import ELEMENTWISE_MOVES, Rates, layer_seconds
@@ -240,7 +240,7 @@ def _context_seconds(setup: Setup, machine: Machine, rates: Rates) -> float:
     again = 2 if setup.recompute else 1
     total = 0.0
     for received, work, times, exchanges in zip(layer_traffic(setup), layer_seconds(setup.case, rates), (again, 1),
-                                                ((2, 2) if gathers else (3, 2))):
+                                                exchange_counts(setup.case)):
         travel = seconds(received / times, setup.cp, exchanges)
         total += times * max(travel * (1 - rates.hidden), travel - work)
     return total * _sequences(setup) * setup.shape.layers

@@ -115,6 +115,7 @@ def _plan_or_none(plan: Plan) -> Plan | None:
 def _run(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor], scale: float, config: MuseConfig) -> Any:
     """function(*tensors, scale, config) as the tuple an operator returns, from CUDA graphs if the settings say so."""
     check_backend(tensors[0], config, tensors[0].dtype)
+
     def call(*inputs: Tensor) -> list[Tensor]:
         with torch.autocast(inputs[0].device.type, enabled=False):
             return [x.contiguous() for x in function(*inputs, scale, config)]

@@ -18,6 +18,14 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: flo
     Raises:
         ValueError or TypeError that names the argument and the fix. Values are not looked at: a GPU would have to wait.
     """
+    found = check_tensors(q, k, v, config, scale)
+    if not torch.compiler.is_compiling():  # which cannot read files nor look for packages: then the operators check
+        check_backend(q, config, cast_dtype(q))
+    return found
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: float | None) -> float:
+    """`check_inputs` of what plain PyTorch computes, whichever kernels `config` asks for."""
     if not isinstance(config, MuseConfig):
         raise TypeError(f"config: must be a MuseConfig, not {type(config).__name__}; MuseConfig.from_dict makes one")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -34,8 +42,6 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, config: MuseConfig, scale: flo
     if heads % k.shape[1]:
         raise ValueError(f"q: {heads} heads are not divisible by the {k.shape[1]} heads of k and v; "
                          "each key/value head serves the same number of query heads")
-    if not torch.compiler.is_compiling():  # which cannot read files nor look for packages: then the operators check
-        check_backend(q, config, cast_dtype(q))
     return _check_scale(scale, dim)
 
 

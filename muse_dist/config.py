@@ -27,8 +27,7 @@ class MuseConfig:
     """Settings of multipole semantic attention. Each field's `metadata["help"]` says what it costs and buys.
 
     Raises `ValueError` or `TypeError`, naming the field and the fix, for values that cannot work together.
-    A sequence of N tokens is cut into blocks, the keys of a block into leaves,
-    its queries into groups.
+    A sequence of N tokens is cut into blocks, the keys of a block into leaves, its queries into groups.
     """
 
     block: int = _option(4096, (
@@ -115,6 +114,10 @@ class MuseConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, allowed))}")
         object.__setattr__(self, "encoded", json.dumps(dataclasses.asdict(self)))
+
+    def plain(self) -> MuseConfig:
+        """The same attention in plain PyTorch: without what only the GPU kernels can do."""
+        return dataclasses.replace(self, backend="torch", tiles="", cuda_graphs=False)
 
     @classmethod
     @functools.lru_cache(maxsize=64)

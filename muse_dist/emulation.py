@@ -4,13 +4,12 @@ It is what the exchanges are tested against, and how a trained model is evaluate
 """
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from muse_dist.checks import check_inputs
+from muse_dist.checks import check_tensors
 from muse_dist.compute import working
 from muse_dist.config import MuseConfig
 from muse_dist.kernels import plain_blocks, reference
@@ -43,10 +42,9 @@ def emulate_ranks(
     Returns:
         [B, H, N, D], differentiable by autograd. Memory grows as N * N / ranks a head: for tests and short evaluations.
     """
-    if isinstance(config, MuseConfig):  # else it is refused by name
-        config = replace(config, backend="torch", tiles="", cuda_graphs=False)
-    scale = check_inputs(q, k, v, config, scale)
+    scale = check_tensors(q, k, v, config, scale)
     described = Layout(layout, ranks, q.shape[2], config.block)
+    config = config.plain()
     rows, keys, values = working(q, k, v, config)
     held = [_hold(rows, keys, values, described, rank, config, scale, q.dtype) for rank in range(ranks)]
     outs = [_rank_output(rows, keys, values, described, rank, held, config, scale, remote) for rank in range(ranks)]

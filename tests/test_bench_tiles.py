@@ -7,6 +7,10 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from launch import bench, bench_tiles
+from launch.bench_check import check_muse
+from launch.bench_inputs import Shape
+from launch.bench_rivals import Problem
+from launch.ranks import Ranks
 from muse_dist import MuseConfig, muse_attention
 from muse_dist.kernels import tiles, triton_far
 from muse_dist.kernels.triton_common import Tile
@@ -76,6 +80,8 @@ def test_the_command_writes_what_the_settings_read(tmp_path, monkeypatch, capsys
     assert seen[-3:] == [Tile(32, 32, 4, 1)] * 3 and Tile(32, 32, 4, 1) not in seen[:3]
     for a, b in zip(*found, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
+    problem = Problem(Shape(2, 2, 160, 16), True, torch.float32, Ranks(0, 1, torch.device("cpu"), "zigzag"))
+    assert check_muse(dataclasses.replace(CONFIG, tiles=str(path)), problem).passed, "its twin in fp64 has no tiles"
 
 
 @pytest.mark.parametrize("text, message", [

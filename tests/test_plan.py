@@ -83,9 +83,8 @@ def test_terms_add_up_and_change_with_what_they_depend_on():
     assert one.seconds == pytest.approx(sum(one.terms.values()))
     assert one.terms[one.binds] == max(one.terms.values())
     assert one.tokens_per_second == pytest.approx(8 * 65536 / one.seconds)
-    wide = large(**{"muse.block": 2048})(8)  # larger halos: more than latency
-    slow = predict(wide, replace(H200, intra=H200.intra / 100), rates)
-    assert slow.terms["context exchange"] > 50 * predict(wide, H200, rates).terms["context exchange"] - 1
+    slow = predict(setup, replace(H200, intra=H200.intra / 100), rates)
+    assert slow.terms["context exchange"] > 10 * one.terms["context exchange"], "some of it is latency"
     assert slow.terms["dense"] == one.terms["dense"]
     hidden = predict(setup, H200, replace(rates, hidden=0.9))
     assert hidden.terms["context exchange"] == pytest.approx(0.1 * one.terms["context exchange"], rel=1e-6)

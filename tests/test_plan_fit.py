@@ -181,5 +181,7 @@ def test_measured_rows_held_out_are_predicted_within_a_fifth(device):
         pytest.skip(f"launch/results has no rows of launch.bench attention, exchange or scaling measured on {device}")
     for kind, found in errors.items():
         assert np.abs(found).max() < 0.2, (kind, found)
+    _, rates = plan.calibrated(machine, rows, 64)
+    assert rates.step["dense"] > 1 / machine.peak and rates.step["elementwise"] > 1 / machine.memory_speed
     memory = plan.memory_errors(machine, rows)
     assert not len(memory) or np.abs(memory).max() < 0.2, memory

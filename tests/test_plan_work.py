@@ -181,6 +181,22 @@ def test_memory_shards_the_state_and_recomputes_the_rest():
     assert late.state == 16 * shape.parameters and late.logits == 0
 
 
+def test_graphs_copy_and_ranks_exchange():
+    """On one device the choice takes q and k, the attention q, k, v, and gives out; the backward dq, dk, dv too."""
+    recorded = replace(SMALL, cuda_graphs=True)
+    bytes_of = {"q": 2 * 8 * 4 * 6 * SMALL.block, "k": 2 * 8 * 2 * 6 * SMALL.block}
+    moved = [2 * (3 * bytes_of["q"] + 3 * bytes_of["k"]), 2 * (4 * bytes_of["q"] + 4 * bytes_of["k"])]
+    alone = attention_work(Case(4, 2, 8, 6 * SMALL.block, recorded))
+    assert [alone.forward["copies"], alone.backward["copies"]] == moved and "stops" not in alone.forward
+    assert "copies" not in attention_work(Case(4, 2, 8, 6 * SMALL.block, SMALL)).forward
+    for muse, wanted in ((replace(SMALL, exchange="moments"), (3, 2)), (replace(SMALL, exchange="kv"), (2, 2)),
+                         (None, (1, 2))):
+        work = attention_work(Case(4, 2, 8, 8 * SMALL.block, muse, 2))
+        assert (work.forward["stops"], work.backward["stops"]) == wanted
+    ranks = attention_work(Case(4, 2, 8, 12 * SMALL.block, recorded, 2))
+    assert ranks.forward["copies"] == moved[0] * 2 / 3 and ranks.backward["copies"] == moved[1]
+
+
 @pytest.mark.parametrize("changes", [{}, {"tolerance": 0.1}, {"tolerance": 0.1, "halo": 5}, {"opened": 0}], ids=str)
 def test_one_device_does_what_the_operators_count(changes):
     """Of whole blocks; the moments that a choice is made by, too, and nothing where nothing is far."""
