@@ -8,6 +8,7 @@ leaves of m keys (those of block 0 first, as many for every block), O opened lea
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,10 @@ from muse_dist.kernels.clustering import bisect, gather_rows, principal_axes, pr
 from muse_dist.kernels.reference import Acceptance, Moments, mean_rows, merge, near_field, near_field_backward
 
 __all__ = [
-    "Acceptance", "Moments", "Sight", "add_tokens", "bisect", "far_field", "far_field_backward", "gather_tokens",
-    "mean_rows", "merge", "moments", "moments_backward", "near_field", "near_field_backward", "open_leaves",
-    "principal_axes", "project", "row_dots", "scatter_tokens", "seen_blocks", "working_dtype",
+    "Acceptance", "Moments", "Sight", "add_tokens", "add_up", "bisect", "far_field", "far_field_backward",
+    "gather_tokens", "mean_rows", "merge", "moments", "moments_backward", "near_field", "near_field_backward",
+    "open_leaves", "principal_axes", "project", "put_tokens", "row_dots", "scatter_tokens", "seen_blocks",
+    "working_dtype",
 ]
 
 
@@ -50,6 +52,17 @@ def scatter_tokens(rows: Tensor, order: Tensor, heads: int, tokens: int) -> Tens
 def add_tokens(total: Tensor, rows: Tensor, order: Tensor) -> None:
     """Add what `scatter_tokens` makes of rows [B, K, n, G * b, D] to `total` [B, K, G, N, D], in place."""
     total.add_(scatter_tokens(rows, order, *total.shape[2:4]))
+
+
+def put_tokens(total: Tensor, rows: Tensor, order: Tensor) -> None:
+    """Write what `scatter_tokens` makes of rows [B, K, n, G * b, D] to `total` [B, K, G, N, D], in place."""
+    total.copy_(scatter_tokens(rows, order, *total.shape[2:4]))
+
+
+def add_up(parts: Sequence[Tensor], total: Tensor | None = None) -> Tensor:
+    """The sum of equal tensors [..., N, D], rounded once; written to `total` if that is given."""
+    found = torch.stack(list(parts)).sum(0)  # torch adds half precision up in fp32
+    return found if total is None else total.copy_(found)
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:

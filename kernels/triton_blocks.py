@@ -12,17 +12,18 @@ from muse_dist.kernels.triton_bisection import bisect
 from muse_dist.kernels.triton_clustering import principal_axes, project
 from muse_dist.kernels.triton_far import far_field
 from muse_dist.kernels.triton_far_backward import far_field_backward
-from muse_dist.kernels.triton_merge import merge
+from muse_dist.kernels.triton_merge import add_up, merge
 from muse_dist.kernels.triton_moments import moments, moments_backward
 from muse_dist.kernels.triton_near import near_field, near_field_backward
 from muse_dist.kernels.triton_open import open_leaves
 from muse_dist.kernels.triton_rows import mean_rows, row_dots
-from muse_dist.kernels.triton_tokens import add_tokens, gather_tokens, scatter_tokens
+from muse_dist.kernels.triton_tokens import add_tokens, gather_tokens, put_tokens, scatter_tokens
 
 __all__ = [
-    "Acceptance", "Moments", "Sight", "add_tokens", "bisect", "far_field", "far_field_backward", "gather_tokens",
-    "mean_rows", "merge", "moments", "moments_backward", "near_field", "near_field_backward", "open_leaves",
-    "principal_axes", "project", "row_dots", "scatter_tokens", "seen_blocks", "working_dtype",
+    "Acceptance", "Moments", "Sight", "add_tokens", "add_up", "bisect", "far_field", "far_field_backward",
+    "gather_tokens", "mean_rows", "merge", "moments", "moments_backward", "near_field", "near_field_backward",
+    "open_leaves", "principal_axes", "project", "put_tokens", "row_dots", "scatter_tokens", "seen_blocks",
+    "working_dtype",
 ]
 
 

@@ -61,6 +61,55 @@ def add_part(total: Tensor, part: Tensor, start: int) -> None:
         DIM_PAD=padded(dim))
 
 
+def add_up(parts: Sequence[Tensor], total: Tensor | None = None) -> Tensor:
+    """The sum of equal tensors [..., N, D], rounded once; written to `total` if that is given.
+
+    The rows of both may be those of longer tensors. Of up to four parts each is read once, and nothing else.
+    """
+    first = parts[0]
+    if total is None:
+        total = torch.empty(first.shape, dtype=first.dtype, device=first.device)
+    few = list(parts)
+    while len(few) > MOST:
+        few = [_add_few(few[:MOST], torch.empty(first.shape, dtype=torch.float32, device=first.device)), *few[MOST:]]
+    return _add_few(few, total)
+
+
+def _add_few(parts: Sequence[Tensor], total: Tensor) -> Tensor:
+    flat = [_rows_of(x) for x in parts]
+    place = _rows_of(total)
+    assert place.data_ptr() == total.data_ptr(), "sums are written where they stand"
+    heads, size, dim = place.shape
+    none, zero = (None,) * (MOST - len(parts)), (0,) * (MOST - len(parts))
+    tile = max(16, min(128, 8192 // padded(dim)))
+    _sum[(ceil_div(size, tile), heads)](
+        *flat, *none, place, *(x.stride(0) for x in flat), *zero, place.stride(0), size, PARTS=len(parts), ROWS=tile,
+        DIM=dim, DIM_PAD=padded(dim))
+    return total
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """[..., N, D] -> [heads, N, D] whose rows are whole and lie one behind the other, a view where it can be."""
+    flat = x.flatten(0, -3)
+    return flat if flat.stride()[1:] == (flat.shape[2], 1) else flat.contiguous()
+
+
+@triton.jit
+def _sum(part0, part1, part2, part3, total, stride0, stride1, stride2, stride3, total_stride, size,
+         PARTS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < size
+    found = load_rows(part0 + head * stride0, row, inside, DIM, DIM_PAD).to(tl.float32)
+    if PARTS > 1:
+        found += load_rows(part1 + head * stride1, row, inside, DIM, DIM_PAD).to(tl.float32)
+    if PARTS > 2:
+        found += load_rows(part2 + head * stride2, row, inside, DIM, DIM_PAD).to(tl.float32)
+    if PARTS > 3:
+        found += load_rows(part3 + head * stride3, row, inside, DIM, DIM_PAD).to(tl.float32)
+    store_rows(total + head * total_stride, row, inside, found, DIM, DIM_PAD)
+
+
 @triton.jit(do_not_specialize=["start"])
 def _add(total, part, start, size, head_stride, row_stride, total_stride, ROWS: tl.constexpr, DIM: tl.constexpr,
          DIM_PAD: tl.constexpr):

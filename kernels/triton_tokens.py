@@ -35,12 +35,16 @@ def add_tokens(total: Tensor, rows: Tensor, order: Tensor) -> None:
     _launch(total, rows, order, ADD)
 
 
+def put_tokens(total: Tensor, rows: Tensor, order: Tensor) -> None:
+    """Write what `scatter_tokens` makes of rows [B, K, n, G * b, D] to `total` [B, K, G, N, D], in place."""
+    _launch(total, rows, order, SCATTER)
+
+
 def _launch(x: Tensor, rows: Tensor, order: Tensor, how: tl.constexpr) -> None:
     """Copy between tokens x [B, K, G, N, D] and rows [B, K, n, G * b, D]."""
     batch, groups, heads, tokens, dim = x.shape
-    if x[0, 0].is_contiguous():
-        place = x
-    else:
+    place = x
+    if not _whole_rows(x):
         assert how is GATHER, "tokens are written where they stand"
         place = x.contiguous()
     blocks, size = order.shape[2:]
@@ -48,12 +52,20 @@ def _launch(x: Tensor, rows: Tensor, order: Tensor, how: tl.constexpr) -> None:
     rows_a_tile = min(power_of_two(size), max(1, TILE // wide))
     tiles = ceil_div(size, rows_a_tile)
     _copy[(batch * groups * blocks * tiles,)](
-        place, rows.contiguous(), order.contiguous(), place.stride(0), place.stride(1), groups, blocks, tokens, tiles,
+        place, rows.contiguous(), order.contiguous(), place.stride(0), place.stride(1), place.stride(2) // dim, groups,
+        blocks, tokens, tiles,
         BLOCK=size // heads, SIZE=size, DIM=dim, DIM_PAD=wide, ROWS=rows_a_tile, HOW=how, num_warps=4)
 
 
+def _whole_rows(x: Tensor) -> bool:
+    """Whether the tokens of each head of x [B, K, G, N, D] lie one behind the other, and heads whole tokens apart."""
+    heads, tokens, dim = x.shape[2:]
+    return ((dim == 1 or x.stride(4) == 1) and (tokens == 1 or x.stride(3) == dim)
+            and (heads == 1 or x.stride(2) % dim == 0))
+
+
 @triton.jit
-def _copy(x, rows, order, batch_stride, head_stride, groups, blocks, tokens, tiles, BLOCK: tl.constexpr,
+def _copy(x, rows, order, batch_stride, head_stride, step, groups, blocks, tokens, tiles, BLOCK: tl.constexpr,
           SIZE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, HOW: tl.constexpr):
     at = (tl.program_id(0) // tiles).to(tl.int64)
     block = at % blocks
@@ -64,7 +76,7 @@ def _copy(x, rows, order, batch_stride, head_stride, groups, blocks, tokens, til
     source = tl.load(order + at * SIZE + row, mask=ok, other=0)
     token = block * BLOCK + source % BLOCK
     exists = ok & (token < tokens)
-    place = source // BLOCK * tokens + token
+    place = source // BLOCK * step + token
     rows += at * SIZE * DIM
     if HOW == GATHER:
         store_rows(rows, row, ok, load_rows(x, place, exists, DIM, DIM_PAD), DIM, DIM_PAD)

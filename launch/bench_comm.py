@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muse_dist.comm import Communicator, Pending
+from muse_dist.comm import Communicator, Pending, packed
 
 
 class Recorder(Communicator):
@@ -50,23 +50,22 @@ class Silent(Communicator):
         super().__init__(*arguments)
         self._made: dict[Any, list[Tensor]] = {}
 
-    def all_gather(self, name: str, x: Tensor) -> Pending:
-        """This rank's tensor for that of every rank."""
-        send = x.detach().contiguous()
-        return Pending(name, _Done(), self._where(), send, lambda: [send] * self.size)
+    def all_gather(self, name: str, *tensors: Tensor) -> Pending:
+        """This rank's tensors for those of every rank."""
+        sent = packed(tensors, tensors[0].device)
+        return Pending(name, _Done(), self._where(), sent, lambda: [x.detach() for x in tensors] * self.size)
 
     def all_to_all(
         self, name: str, send: Sequence[Sequence[Tensor]],
         receive: Sequence[Sequence[tuple[Sequence[int], torch.dtype]]], device: torch.device,
     ) -> Pending:
         """Noise for what other ranks would send, the same at every call."""
-        pieces = [x.detach().contiguous().flatten().view(torch.uint8) for tensors in send for x in tensors]
-        packed = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=device)
+        sent = packed([x for tensors in send for x in tensors], device)
         specs = [(tuple(shape), dtype) for part in receive for shape, dtype in part]
         key = (name, *specs)
         if key not in self._made:
             self._made[key] = [torch.randn(shape, device=device).to(dtype) for shape, dtype in specs]
-        return Pending(name, _Done(), self._where(), packed, lambda: self._made[key])
+        return Pending(name, _Done(), self._where(), sent, lambda: self._made[key])
 
     def agree(self, key: str, problem: str | None) -> None:
         """Nothing to agree on: the ranks have, with the communicator that is real."""

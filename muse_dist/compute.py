@@ -100,11 +100,15 @@ class Upstream(NamedTuple):
         """Of some query blocks."""
         return Upstream(*(x[:, :, rows] for x in self))
 
+    def of_tokens(self, tokens: slice) -> Upstream:
+        """Of some tokens, in the order of the sequence."""
+        return Upstream(*(x[:, :, :, tokens] for x in self))
 
-def grouped(ops: Operators, up: Upstream, row_valid: Tensor | None, plan: Plan, config: MuseConfig) -> Upstream:
-    """`up` in the order of a plan; `row_valid` [B, K, n, U, g] says which rows exist, all if None."""
+
+def grouped(ops: Operators, up: Upstream, row_valid: Tensor | None, order: Tensor, config: MuseConfig) -> Upstream:
+    """`up` in the order of a plan's queries; `row_valid` [B, K, n, U, g] says which rows exist, all if None."""
     dout, lse, delta = (
-        ops.gather_tokens(x, plan.query_order).unflatten(3, (-1, config.group))
+        ops.gather_tokens(x, order).unflatten(3, (-1, config.group))
         for x in (up.dout, up.lse[..., None], up.delta[..., None]))
     lse = lse[..., 0]
     if row_valid is not None:  # rows that do not exist get no weight, whatever their logits: exp(logit - inf) = 0
@@ -173,7 +177,7 @@ def add_far_backward(
     for heads in room.heads():
         here = plan.of_heads(heads)
         blocks = arrange(ops, q[:, heads], k[:, heads], v[:, heads], here, config)
-        rows = grouped(ops, up.of_heads(heads), blocks.row_valid, here, config)
+        rows = grouped(ops, up.of_heads(heads), blocks.row_valid, here.query_order, config)
         slabs = room.blocks(blocks, query_blocks, key_blocks)
         dq, dk, dv = _far_backward(rows, blocks, here, slabs, scale, config)
         ops.add_tokens(grads[0][:, heads], dq.flatten(3, 4), here.query_order)

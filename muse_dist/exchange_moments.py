@@ -30,7 +30,7 @@ from muse_dist.remote import (
     sources,
     to_message,
 )
-from muse_dist.shard import Shard, add_halo_gradients, add_up, post_halo, post_halo_gradients, received_halo
+from muse_dist.shard import Shard, add_halo_gradients, post_halo, post_halo_gradients, received_halo
 from muse_dist.slabs import places
 from muse_dist.stages import staged
 from muse_dist.tree import Plan, open_blocks, order_blocks, to_leaves
@@ -85,7 +85,7 @@ def backward(
     add_far_backward((own_q, dk, dv), up, q, k, v, plan, s.mine, s.mine, s.scale, config)
     add_halo_gradients(s, halo_grads, dk, dv)
     _add_moment_gradients(s, _messages(moment_grads), k, v, plan, saved.everyone, dk, dv)
-    return add_up([dq, halo_q, own_q]), dk, dv
+    return kernels_for(config, q).add_up([dq, halo_q, own_q]), dk, dv
 
 
 @staged("unpack")

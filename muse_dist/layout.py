@@ -112,9 +112,13 @@ class Layout:
 
         A view where the rank holds one chunk.
         """
-        chunks = x.chunk(self.chunks, dim)
-        held = [chunks[chunk] for chunk in self.chunks_of(rank)]
+        held = self.parts(x, rank, dim)
         return held[0] if len(held) == 1 else torch.cat(held, dim)
+
+    def parts(self, x: Tensor, rank: int, dim: int) -> list[Tensor]:
+        """The chunks of a full tensor that a rank holds, in the order it holds them: views."""
+        chunks = x.chunk(self.chunks, dim)
+        return [chunks[chunk] for chunk in self.chunks_of(rank)]
 
     def join(self, shards: Sequence[Tensor], dim: int) -> Tensor:
         """The full tensor from the parts of all ranks, in rank order: the inverse of `shard`."""

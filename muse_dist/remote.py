@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from muse_dist.backend import Operators, kernels_for
-from muse_dist.compute import Upstream, grouped, join_blocks, join_heads, join_rows, no_moments, rows_to_tokens
+from muse_dist.compute import Upstream, grouped, no_moments
 from muse_dist.config import MuseConfig
 from muse_dist.kernels.plain_blocks import Moments
 from muse_dist.layout import Layout, chunk_pairs
@@ -119,13 +119,17 @@ def remote_forward(
 
     `leaves` holds the remote leaves of each chunk of queries, None where it sees none.
     """
-    ops, found = kernels_for(config, q), []
-    rows = _rows(ops, q, plan, config)
+    ops, dtype = kernels_for(config, q), torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:-1], -torch.inf, dtype=dtype, device=q.device)
     for chunk, remote, slab in _remote_slabs(leaves, query_blocks, 1, len(query_blocks), config):
-        found.append((slab.rows, ops.far_field(
-            rows[:, :, slab.rows], anchors.anchor[:, :, chunk], remote.leaf, None, None, None, slab.sight(q.device),
-            scale, config.trace, None, _use(anchors, chunk, slab, len(leaves), query_blocks))))
-    return rows_to_tokens(ops, join_blocks(found, rows), plan, q.shape[2:4])
+        order, tokens = plan.query_order[:, :, slab.rows].contiguous(), _tokens(slab, config)
+        part = ops.far_field(
+            _rows(ops, q[:, :, :, tokens], order, config), anchors.anchor[:, :, chunk], remote.leaf, None, None, None,
+            slab.sight(q.device), scale, config.trace, None, _use(anchors, chunk, slab, len(leaves), query_blocks))
+        for total, rows in ((out, part[0]), (lse[..., None], part[1][..., None])):
+            ops.put_tokens(total[:, :, :, tokens], rows.flatten(3, 4), order)
+    return out, lse
 
 
 @staged("remote backward")
@@ -138,33 +142,35 @@ def remote_backward(
     Every block has gradients of its own of the moments it sees. Heads and query blocks are taken together as far as
     these fit into the size of the inputs, of which k [B, K, S, D] is one.
     """
-    ops, parts, bound = kernels_for(config, q), [], q.nbytes + 2 * k.nbytes
+    ops, bound = kernels_for(config, q), q.nbytes + 2 * k.nbytes
+    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     grads: list[Moments | None] = [None] * len(leaves)
     block_bytes = max((_block_bytes(x, config) for x in leaves if x is not None), default=0)
     for heads in head_slabs(k.shape[1], block_bytes, len(query_blocks) // len(leaves), bound):
         here, about = plan.of_heads(heads), anchors.of_heads(heads)
         some = [None if x is None else x.of_heads(heads) for x in leaves]
-        rows = _rows(ops, q[:, heads], here, config)
-        grouped_up = grouped(ops, up.of_heads(heads), None, here, config)
-        found = []
         for chunk, remote, slab in _remote_slabs(
                 some, query_blocks, block_bytes * (heads.stop - heads.start), bound, config):
-            dout, lse, delta = grouped_up.of_blocks(slab.rows)
+            order, tokens = here.query_order[:, :, slab.rows].contiguous(), _tokens(slab, config)
+            dout, lse, delta = grouped(ops, up.of_heads(heads).of_tokens(tokens), None, order, config)
             use, sight = _use(about, chunk, slab, len(leaves), query_blocks), slab.sight(q.device)
-            dq, grad, _, _ = ops.far_field_backward(
-                dout, rows[:, :, slab.rows], about.anchor[:, :, chunk], remote.leaf, None, None, None, lse, delta,
-                sight, scale, config.trace, None, use)
-            found.append((slab.rows, dq))
+            rows, grad, _, _ = ops.far_field_backward(
+                dout, _rows(ops, q[:, heads, :, tokens], order, config), about.anchor[:, :, chunk], remote.leaf, None,
+                None, None, lse, delta, sight, scale, config.trace, None, use)
+            ops.put_tokens(dq[:, heads, :, tokens], rows.flatten(3, 4), order)
             part = Moments(*(_to_anchors(x, use, config.remote_anchors) for x in grad))
             grads[chunk] = _add_moments(grads[chunk], part, leaves[chunk], heads)
-        placed = join_rows(found, rows).flatten(3, 4)
-        parts.append((ops.scatter_tokens(placed, here.query_order, *q.shape[2:4]),))
-    return join_heads(parts)[0], grads
+    return dq, grads
 
 
-def _rows(ops: Operators, q: Tensor, plan: Plan, config: MuseConfig) -> Tensor:
-    """q [B, K, G, S, D] as groups of rows in the order of a plan: [B, K, n, U, g, D]. Ranks hold whole blocks."""
-    return ops.gather_tokens(q, plan.query_order).unflatten(3, (-1, config.group))
+def _rows(ops: Operators, q: Tensor, order: Tensor, config: MuseConfig) -> Tensor:
+    """q [B, K, G, S, D] as groups of rows in the order of a plan's queries: [B, K, n, U, g, D]."""
+    return ops.gather_tokens(q, order).unflatten(3, (-1, config.group))
+
+
+def _tokens(slab: FarSlab, config: MuseConfig) -> slice:
+    """A rank's tokens in the query blocks of a slab. Ranks hold whole blocks."""
+    return slice(slab.rows.start * config.block, slab.rows.stop * config.block)
 
 
 def _block_bytes(remote: RemoteLeaves, config: MuseConfig) -> int:

@@ -151,8 +151,3 @@ def add_halo_gradients(s: Shard, pending: Pending, dk: Tensor, dv: Tensor) -> No
 
 def _length(rows: Sequence[slice]) -> int:
     return sum(r.stop - r.start for r in rows)
-
-
-def add_up(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of equal tensors, rounded once: torch adds half precision up in fp32."""
-    return torch.stack(list(parts)).sum(0)

@@ -37,6 +37,12 @@ def pieces(source, target):
             for i, (shape, dtype) in enumerate((s, d) for d in DTYPES for s in shapes)]
 
 
+def several_of(rank):
+    """Tensors to gather at once: rows of longer ones, whole and not, and one whose bytes are padded."""
+    long = numbers((2, 8, 12), torch.float16, rank)
+    return [long[:, 2:5], long[..., 1:4], numbers((7,), torch.float32, rank), numbers((4, 4), torch.float64, rank)]
+
+
 def exchange_everything():
     """All-to-all and all-gather of tensors of every dtype, two at a time in flight; what arrived, what was counted."""
     counter, world = ByteCounter(), dist.group.WORLD
@@ -46,23 +52,29 @@ def exchange_everything():
     specs = [[(x.shape, x.dtype) for x in pieces(source, rank)] for source in others]
     first = comm.all_to_all("pieces", [pieces(rank, target) for target in others], specs, torch.device("cpu"))
     gathers = [comm.all_gather("gathered", numbers((3, 5), dtype, rank).t()) for dtype in DTYPES]
+    several = comm.all_gather("several", *several_of(rank))
     arrived = [x.clone() for x in first.wait()]  # views of one buffer, which files do not take
-    return arrived, [gather.wait() for gather in gathers], counter.received, counter.total()
+    gathered = [gather.wait() for gather in gathers]
+    return arrived, gathered, [x.clone() for x in several.wait()], counter.received, counter.total()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_what_is_sent_arrives(ranks):
     """Bitwise, in rank order, whatever the dtype and size; strided tensors too."""
-    for rank, (arrived, gathered, received, total) in enumerate(run_ranks(ranks, exchange_everything)):
+    for rank, (arrived, gathered, several, received, total) in enumerate(run_ranks(ranks, exchange_everything)):
         want = [x for source in range(ranks) for x in pieces(source, rank)]
         assert [(x.dtype, x.shape) for x in arrived] == [(x.dtype, x.shape) for x in want]
         assert all(torch.equal(a, b) for a, b in zip(arrived, want))
         for dtype, parts in zip(DTYPES, gathered, strict=True):
             assert len(parts) == ranks
             assert all(torch.equal(part, numbers((3, 5), dtype, r).t()) for r, part in enumerate(parts))
+        wanted = [x for r in range(ranks) for x in several_of(r)]
+        assert len(several) == len(wanted) and all(torch.equal(a, b) for a, b in zip(several, wanted))
         size = sum(-(-x.numel() * x.element_size() // 16) * 16 for x in want)  # in steps of 16 bytes
+        at_once = (ranks - 1) * sum(-(-x.nbytes // 16) * 16 for x in several_of(0))
         gathers = (ranks - 1) * sum(-(-15 * dtype.itemsize // 16) * 16 for dtype in DTYPES)
-        assert received == {"pieces": size, "gathered": gathers} and total == size + gathers
+        assert received == {"pieces": size, "gathered": gathers, "several": at_once}
+        assert total == size + gathers + at_once
 
 
 def send_nothing():

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from muse_dist.kernels import reference, triton_merge
+from muse_dist.kernels import plain_blocks, reference, triton_blocks, triton_merge
 from tests.kernel_cases import assert_near, normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # numpy's log2(0) is meant
@@ -48,3 +48,20 @@ def test_parts_are_added_to_the_rows_they_cover(dtype):
     want[:, 17:38] += part
     triton_merge.add_part(total, part, 17)
     assert torch.equal(total, want)
+
+
+@pytest.mark.parametrize("ops", [triton_blocks, plain_blocks], ids=["triton", "plain"])
+@pytest.mark.parametrize("count", [1, 3, 4, 6, 11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_sums_are_rounded_once(ops, count, dtype):
+    """Also of and to some rows of longer tensors; what is around them stays."""
+    long = [normal(2, 3, 50, 20, seed=i).to(dtype) for i in range(count)]
+    parts = [long[0][:, :, 7:40].contiguous(), *(x[:, :, 7:40] for x in long[1:])]
+    want = torch.stack([x.double() for x in parts]).sum(0)
+    half_a_unit = {torch.float32: 0.0, torch.float16: 2 ** -11}[dtype]  # in the last place
+    found = ops.add_up(parts)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), want, rtol=half_a_unit, atol=1e-6 * want.abs().max().item())
+    total = torch.full_like(long[0], 7.0)
+    assert torch.equal(ops.add_up(parts, total[:, :, 7:40]), found)
+    assert torch.equal(total[:, :, 7:40], found) and (total[:, :, :7] == 7).all() and (total[:, :, 40:] == 7).all()

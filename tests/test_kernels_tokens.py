@@ -57,6 +57,20 @@ def test_some_heads_of_longer_tensors(ops):
     assert torch.equal(total, want)
 
 
+@BOTH
+def test_some_blocks_of_longer_tensors(ops):
+    """Slices of heads and tokens are read, and written where they stand; what is around them stays."""
+    x, order, _, _ = case((4, 3, 5, 8, 0), torch.float32, 16)
+    heads, blocks, tokens = slice(1, 3), slice(1, 4), slice(8, 32)
+    rows = ops.gather_tokens(x[:, heads, :, tokens], order[:, heads, blocks])
+    assert torch.equal(rows, ops.gather_tokens(x, order)[:, heads, blocks])
+    total = torch.full_like(x, 7.0)
+    ops.put_tokens(total[:, heads, :, tokens], rows, order[:, heads, blocks])
+    want = torch.full_like(x, 7.0)
+    want[:, heads, :, tokens] = x[:, heads, :, tokens]
+    assert torch.equal(total, want)
+
+
 @pytest.mark.skipif(not GPU, reason="needs the memory of a GPU")
 def test_more_than_2_to_the_31_elements():
     tokens = 1 << 20
