@@ -128,7 +128,7 @@ def join_ranks(
         sharing = [dist.new_group(list(range(at, at + size)), timeout=limit) for at in range(0, world, size)]
         group = sharing[rank // size] if size > 1 else None
         yield Ranks(rank % size, size, device, layout, group, gradients, files, rank // size, world // size)
-        dist.barrier()  # no rank may leave while another still reads from it
+        dist.barrier(files)  # no rank may leave while another still reads from it
     finally:
         dist.destroy_process_group()
 
