@@ -12,7 +12,8 @@ BUCKETS = 2 * 4.0 * 500_000_000  # bytes of gradients that ZeRO 1 and 2 collect:
 OPTIMIZER_BYTES = 40  # read and written of a parameter in a step: 12 to clip its gradient, 28 by AdamW
 LOGIT_BYTES = 12  # of a logit while its loss is computed: bf16 and fp32, and the gradients of both, not all at once
 LIVE = 0.8  # of what a layer keeps, at most there with the gradients that take its place as its backward goes on
-# Both were chosen by the steps of launch/results/2026-11-22-scaling.jsonl.
+GRAPHS = 6  # times q, k and v of a layer: what the graphs of MuSe's calls read, write and keep in between
+# These three were chosen by the steps of launch/results/2026-11-22-scaling.jsonl.
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Memory:
     """Bytes a GPU needs at its peak."""
 
     state: float  # weights, gradients, optimizer
-    copies: float  # weights in bf16, buckets of gradients, layers that were gathered
+    copies: float  # weights in bf16, buckets of gradients, layers that were gathered, what CUDA graphs hold
     activations: float
     logits: float
 
@@ -122,19 +123,22 @@ def memory(
     state = (SCHEMES[scheme].whole + SCHEMES[scheme].split / world) * shape.parameters
     new = {"whole": 4.0, "sharded": 4.0 / world}.get(scheme, 0.0) * shape.parameters if passes == 1 else 0.0
     casts = 2.0 * shape.parameters  # autocast's bf16 weights, until the forward ends
-    copies = 0.0
+    copies = graphs = 0.0
+    if muse is not None and muse.cuda_graphs:
+        graphs = GRAPHS * 2.0 * tokens * (shape.heads + 2 * shape.kv_heads) * shape.dim
     if scheme == "sharded":  # two layers and the embedding are there whole, in bf16
         casts, copies = 0.0, 2.0 * (2 * shape.layer_matrices + shape.vocabulary * shape.width) * 2
-    elif scheme == "whole":
-        copies = 4.0 * shape.parameters if world > 1 else 0.0
     elif scheme == "megatron":
         casts = 0.0
-    else:
+    elif scheme != "whole":
         copies = BUCKETS
+    elif world > 1:
+        copies = 4.0 * shape.parameters
+        casts += copies  # DDP makes its buckets anew in the second step; in most rows the old ones were still there
     layer = tokens * shape.layer_bytes(muse)
     between = 2.0 if scheme == "megatron" else 4.0  # bytes of a number between layers, which autocast leaves in fp32
     kept = tokens * shape.layers * between * shape.width if recompute else shape.layers * layer
     logits = float(min(tokens, LOGITS) * shape.vocabulary * LOGIT_BYTES)
-    at_loss = Memory(state - new, casts + (copies if scheme != "whole" else 0.0), kept, logits)
-    in_layer = Memory(state, copies, kept + (LIVE * layer if recompute else 0.0), 0.0)
+    at_loss = Memory(state - new, casts + copies + graphs, kept, logits)
+    in_layer = Memory(state, copies + graphs, kept + (LIVE * layer if recompute else 0.0), 0.0)
     return max(at_loss, in_layer, key=lambda found: found.total)
