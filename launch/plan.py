@@ -6,6 +6,7 @@
 Work is counted: operations of the matrices and of every stage of the attention, bytes of weights, activations and
 exchanges. Rows that launch.bench and launch.scaling measured on the same kind of GPU say how fast each part is; a third
 of them is held out and shows the error. Without rows the speeds are shares of the data sheet's, and the output says so.
+The batch is the config's, or as many sequences more as there have to be for every set of GPUs to read equally many.
 """
 from __future__ import annotations
 
@@ -47,8 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                 None if options.intra is None else options.intra * 1e9)
         rows = read_rows(options.rows if options.rows is not None else _results(), options.gpu)
         dim = config.model.width // config.model.heads
-        print(calibration_text(machine, rows, dim))
+        print(calibration_text(machine, rows, dim, config.train.engine))
+        said = machine.intra
         machine, rates = calibrated(machine, rows, dim, config.train.engine)
+        if options.intra is not None:
+            machine = replace(machine, intra=said)
         for context in options.context or [config.data.context]:
             found = plan(config, machine, rates, options.nodes, context, options.context_parallel)
             print(table(config, found, context, machine))
@@ -68,12 +72,18 @@ def _results() -> list[Path]:
 def calibrated(machine: Machine, rows: Rows, dim: int, engine: str = "torch") -> tuple[Machine, Rates]:
     """Machine and rates with everything that was measured; of the steps, those of one engine as `fit_steps` chooses."""
     machine, rates = fit_rates(machine, rows, dim)
-    return machine, fit_steps(machine, rates, rows.steps, engine)
+    return machine, fit_steps(one_node(machine, rows), rates, rows.steps, engine)
+
+
+def one_node(machine: Machine, rows: Rows) -> Machine:
+    """The machine on which the rows were measured: all ranks stood on one node, however small those planned are."""
+    return replace(machine, per_node=max([machine.per_node, *(step.setup.world for step in rows.steps)]))
 
 
 def held_out_errors(machine: Machine, rows: Rows) -> dict[str, np.ndarray]:
     """Relative errors of rows that the fit has not seen: "layers", and the steps of each engine."""
     kept, held = split_rows(rows)
+    machine = one_node(machine, rows)
     errors: dict[str, list[float]] = {}
     for dim in sorted({layer.case.dim for layer in held.layers}):
         _, rates = fit_rates(machine, kept, dim)
@@ -88,8 +98,8 @@ def held_out_errors(machine: Machine, rows: Rows) -> dict[str, np.ndarray]:
     return {kind: np.array(found) for kind, found in errors.items()}
 
 
-def calibration_text(machine: Machine, rows: Rows, dim: int) -> str:
-    """Which rows the prediction rests on, and how far it is from rows held out."""
+def calibration_text(machine: Machine, rows: Rows, dim: int, engine: str = "torch") -> str:
+    """Which rows the prediction of an engine's steps rests on, and how far it is from rows held out."""
     if not len(rows):
         return (f"{machine.name}: no measured rows. Speeds are assumed shares of the data sheet's: expect errors of "
                 "a factor, and compare only roughly. launch.bench and launch.scaling write rows")
@@ -106,8 +116,21 @@ def calibration_text(machine: Machine, rows: Rows, dim: int) -> str:
         size = np.abs(errors)
         lines.append(f"  error of {len(errors)} {kind} held out: median {np.median(size):.1%}, largest "
                      f"{size.max():.1%}, mean {errors.mean():+.1%}")
-    lines += _memory_lines(machine, rows)
+    lines += _engine_lines(machine, rows, dim, engine) + _memory_lines(machine, rows)
     return "\n".join(lines)
+
+
+def _engine_lines(machine: Machine, rows: Rows, dim: int, engine: str) -> list[str]:
+    """What the errors above do not say: that none of the engine's steps was held out, or that there is none."""
+    mine = [step for step in rows.steps if step.engine == engine]
+    if not mine:
+        return [f"  none of these steps is of {engine}: those of another engine stand in"] if rows.steps else []
+    if any(step.engine == engine for step in split_rows(rows)[1].steps):
+        return []
+    there, rates = calibrated(one_node(machine, rows), rows, dim, engine)
+    size = np.abs([predict(step.setup, there, rates).seconds / step.seconds - 1 for step in mine])
+    return [f"  error of {len(mine)} {engine} steps, too few alike to hold any out: median {np.median(size):.1%}, "
+            f"largest {size.max():.1%}"]
 
 
 def _memory_lines(machine: Machine, rows: Rows) -> list[str]:
@@ -134,7 +157,7 @@ def plan(config: RunConfig, machine: Machine, rates: Rates, nodes: Sequence[int]
     found = []
     for count in nodes:
         world = count * machine.per_node
-        size = cp or config.train.context_parallel or most_sharing(config, context, min(world, machine.per_node))
+        size = cp or config.train.context_parallel or most_sharing(config, context, machine.per_node)
         sets = max(world // size, 1)
         batch = ceil_div(config.train.batch, sets) * sets
         for exact in (False, True):
@@ -144,9 +167,9 @@ def plan(config: RunConfig, machine: Machine, rates: Rates, nodes: Sequence[int]
 
 
 def most_sharing(config: RunConfig, context: int, most: int) -> int:
-    """The largest power of two of GPUs, at most `most`, that can share a sequence."""
-    size = 1
-    while 2 * size <= most and context % (2 * size * config.muse.block * (2 if config.layout == "zigzag" else 1)) == 0:
+    """The largest power of two of GPUs that can share a sequence, and of which `most` GPUs are whole sets."""
+    size, chunks = 1, 2 if config.layout == "zigzag" else 1
+    while most % (2 * size) == 0 and context % (2 * size * config.muse.block * chunks) == 0:
         size *= 2
     return size
 
@@ -164,7 +187,7 @@ def table(config: RunConfig, found: Sequence[Prediction], context: int, machine:
         seconds = [sum(one.terms.get(term, 0.0) for term in terms) for terms in GROUPS.values()]
         full = " (does not fit)" if one.memory.total > machine.memory else ""
         lines.append(f"{setup.world:>6}{setup.cp:>10}{setup.batch:>7}  {'exact' if setup.exact else 'muse':<10}"
-                     f"{one.seconds:>9.3f}" + "".join(f"{x:>10.3f}" for x in seconds)
+                     f" {one.seconds:>8.3f}" + "".join(f" {x:>9.3f}" for x in seconds)
                      + f"{one.tokens_per_second / setup.world:>14,.0f}{one.memory.total / 2**30:>11.1f}"
                      f"{sum(one.received.values()) / 1e9:>13.1f}  {one.binds}{full}")
     return "\n".join(lines)
@@ -198,13 +221,13 @@ def _parser() -> argparse.ArgumentParser:
                         help="another setting, such as muse.opened=8 train.batch=32")
     parser.add_argument("--context", type=whole_number, nargs="+", help="tokens of a sequence (default: the config's)")
     parser.add_argument("--context-parallel", type=whole_number, metavar="GPUS",
-                        help="GPUs that share a sequence (default: the config's; where that is 0, as many as a node "
-                        "has and the context's blocks allow)")
+                        help="GPUs that share a sequence (default: the config's; where that is 0, the largest power of "
+                        "two that divides a node's and the context's blocks allow)")
     parser.add_argument("--nodes", type=whole_number, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
     parser.add_argument("--per-node", type=whole_number, default=8, metavar="GPUS", help="(default: %(default)s)")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="H200", help="(default: %(default)s)")
     parser.add_argument("--intra", type=positive, metavar="GB/S", help="a GPU receives from its node, nominal "
-                        "(default: NVLink's; measured exchanges replace it)")
+                        "(default: what was measured, or NVLink's)")
     parser.add_argument("--inter", type=positive, default=50.0, metavar="GB/S",
                         help="a GPU receives from other nodes, nominal (default: %(default)s, a 400 Gbit/s adapter)")
     parser.add_argument("--rows", type=Path, nargs="*", metavar="FILE",

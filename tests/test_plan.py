@@ -140,6 +140,26 @@ def test_every_config_has_a_plan_without_more_words(name, shared, tmp_path, caps
     assert f"{shared[0]} GPU(s) a sequence: MuSe" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("per_node, shared", [("1", 1), ("3", 1), ("6", 2), ("12", 4)])
+def test_as_many_gpus_share_a_sequence_as_make_whole_sets(per_node, shared, tmp_path, capsys):
+    out = tmp_path / "plan.jsonl"
+    assert plan.main(["--config", "configs/1b.toml", "--nodes", "1", "2", "--per-node", per_node, "--rows", "--json",
+                      str(out)]) == 0
+    assert {json.loads(line)["context_parallel"] for line in out.read_text().splitlines()} == {shared}
+
+
+def test_a_link_that_is_said_counts_though_others_were_measured(tmp_path, capsys):
+    exchange = {"benchmark": "exchange", "device": "NVIDIA H200", "hidden_share": 0.0, "heads": 16, "kv_heads": 16,
+                "dim": 64, "tokens": 65536, "ranks": 2, "config": None, "exchange": "kv",
+                "silent": {"forward": {"median": 1.0}, "backward": {"median": 1.0}},
+                "received": {"small": 10**6, "large": 10**10},
+                "alone": {"small": {"median": 1e-4}, "large": {"median": 0.1}}}
+    rows = write_rows(tmp_path / "rows.jsonl", [exchange])
+    for words, speed in (([], " 101 GB/s inside"), (["--intra", "25"], " 20 GB/s inside")):
+        assert plan.main(["--config", "configs/1b.toml", "--nodes", "1", "--rows", str(rows), *words]) == 0
+        assert speed in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--set", "model.vocabulary=0"], "model.vocabulary=0 takes the size from the data"),
     (["--context", "65000", "--context-parallel", "8"], "do not make whole blocks"),

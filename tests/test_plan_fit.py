@@ -63,6 +63,24 @@ def test_steps_of_deepspeed_have_a_fit_of_their_own(tmp_path):
     assert errors.keys() == {"deepspeed steps"} and np.abs(errors["deepspeed steps"]).max() < 0.02
 
 
+def test_rows_are_of_one_node_however_small_the_nodes_planned_are(tmp_path):
+    rows = read_rows([write_rows(tmp_path / "rows.jsonl", sweep_rows(lambda: 1.0, slow_host()))], "H200")
+    assert {step.setup.world for step in rows.steps} >= {1, 2}
+    small = replace(H200, per_node=1, inter=1e9)
+    assert plan.held_out_errors(small, rows)["steps"] == pytest.approx(plan.held_out_errors(H200, rows)["steps"])
+    machine, rates = plan.calibrated(small, rows, 64)
+    assert rates == plan.calibrated(H200, rows, 64)[1] and machine.per_node == 1
+
+
+def test_the_error_is_said_of_the_engine_that_is_planned(tmp_path):
+    made = [*made_rows(lambda: 1.0), *(deepspeed_row(tokens, "kv", 2) for tokens in (65536, 131072))]
+    rows = read_rows([write_rows(tmp_path / "rows.jsonl", made)], "H200")
+    assert "engine" not in plan.calibration_text(H200, rows, 64)
+    assert "error of 2 deepspeed steps, too few alike to hold any out" in plan.calibration_text(
+        H200, rows, 64, "deepspeed")
+    assert "none of these steps is of megatron: those of another" in plan.calibration_text(H200, rows, 64, "megatron")
+
+
 def test_rows_of_every_engine_are_read(tmp_path):
     row = made_rows(lambda: 1.0)[-1]
 
