@@ -1,6 +1,7 @@
 """What can be wrong with versions, limits, settings, data and disks."""
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import resource
@@ -38,6 +39,7 @@ LEAST_TORCH = (2, 6)
 LEAST_FILES = 4096  # that a process may have open: sockets to other ranks are files
 LEAST_SHARED = 1 << 30  # bytes of /dev/shm, through which NCCL's ranks of a node meet
 SLOW_CHECKPOINT = 300.0  # seconds
+FULL = "there is no room"
 NCCL_BRAKES = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "CUDA_LAUNCH_BLOCKING": "1"}
 CHECKPOINT_BYTES = 12  # of a parameter: fp32 weight and two moments of AdamW
 
@@ -217,11 +219,16 @@ def check_disk(config: RunConfig, folder: Path, ranks: Ranks, megabytes: int) ->
     try:
         mine = _try_disk(folder, token, ranks.world_rank, megabytes)
     except OSError as error:
-        mine = f"{error.strerror}: {error.filename}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mine = f"{FULL}: {error.strerror}" if full else f"{error.strerror}: {error.filename}"
     results = ranks.collect(mine)
     if ranks.first:
         (folder / token).unlink(missing_ok=True)
     lost = [rank for rank, result in enumerate(results) if isinstance(result, str)]
+    short = [rank for rank in lost if str(results[rank]).startswith(FULL)]
+    if short:
+        return [problem("disk", f"{folder}: {results[short[0]]} before each of {ranks.world} rank(s) had written "
+                        f"{megabytes} MB", "make room, raise the quota, or choose another with --out").on(short)]
     if lost:
         return [problem("disk", f"{folder}: {results[lost[0]]}", "all ranks must write to one shared folder: mount it "
                         "on every node, or choose another with --out").on(lost)]

@@ -1,4 +1,5 @@
 """Every check of launch.doctor, on what is well and on what is not; then the command on one rank and on two."""
+import errno
 import importlib.util
 import itertools
 import os
@@ -141,6 +142,16 @@ def test_disk_space_and_speed(tmp_path):
     (tmp_path / "file").write_text("")
     found, = check_disk(CONFIG, tmp_path / "file" / "checkpoints", ONE, 1)
     assert found.level == "problem" and "file" in found.text
+
+
+def test_a_disk_that_is_full_is_not_taken_for_one_that_is_not_shared(tmp_path, monkeypatch):
+    def fsync(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    found, = check_disk(CONFIG, tmp_path, ONE, 1)
+    assert found.level == "problem" and "there is no room" in found.text and "None" not in found.text
+    assert "make room" in found.mend and not list(tmp_path.iterdir())
 
 
 def test_a_rank_that_does_not_see_the_folder_is_named(tmp_path):
