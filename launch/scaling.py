@@ -29,7 +29,7 @@ from launch.config import RunConfig, parse_changes
 from launch.failures import reason
 from launch.flops import step_flops
 from launch.monitor import load_wandb
-from launch.options import described_device, pick_device, write_line
+from launch.options import described_device, pick_device, positive, whole_number, write_line
 from launch.scaling_report import log_report, write_report
 from launch.scaling_row import Row, measured
 from launch.scaling_runs import Slot, ending, run, side_by_side, slots
@@ -195,8 +195,10 @@ def sweep(options: argparse.Namespace, rows: dict[Job, Row]) -> dict[Job, Row]:
         raise ValueError(f"--skip {options.skip} leaves none of the {options.steps} steps; take more --steps")
     if options.speed_only and (options.data or options.keep):
         raise ValueError("--speed-only reads random tokens and leaves nothing but rows: leave --data and --keep out")
-    if options.side_by_side < 1:
-        raise ValueError(f"--side-by-side {options.side_by_side}: must be at least 1")
+    named = {"data.context": "--context", "data.path": "--data", "train.attention": "--attention",
+             "train.steps": "--steps"}
+    for key in parse_changes(options.set).keys() & named.keys():
+        raise ValueError(f"--set {key}: rows are told apart by what {named[key]} says; say it there")
     whole = Sweep(options, rows, _configs(options.config))
     jobs = _jobs(options, whole.configs)
     other = {job: found for job in jobs if (found := whole.differences(job))}
@@ -271,25 +273,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch.scaling", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, nargs="+", default=[], help="TOML files of launch.train: the models")
-    parser.add_argument("--context", type=int, nargs="+", help="tokens of a sequence (default: each config's)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="processes, one a GPU (default: 1)")
+    parser.add_argument("--context", type=whole_number, nargs="+", help="tokens of a sequence (default: each config's)")
+    parser.add_argument("--ranks", type=whole_number, nargs="+", default=[1], help="processes, one a GPU (default: 1)")
     parser.add_argument("--attention", nargs="+", choices=("muse", "exact"), default=["muse", "exact"])
-    parser.add_argument("--steps", type=int, default=20, help="of every run (default: %(default)s)")
+    parser.add_argument("--steps", type=whole_number, default=20, help="of every run (default: %(default)s)")
     parser.add_argument("--skip", type=int, default=3, help="first steps whose time does not count "
                         "(default: %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="TABLE.KEY=VALUE", action="extend",
                         help="another setting of launch.train, for all runs")
     parser.add_argument("--data", metavar="FOLDER", help="tokens that launch.data wrote (default: each config's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--limit", type=float, default=3600.0, metavar="SECONDS", help="for one run "
+    parser.add_argument("--limit", type=positive, default=3600.0, metavar="SECONDS", help="for one run "
                         "(default: %(default)s)")
     parser.add_argument("--retry", action="store_true", help="run again what has failed, or was run with "
                         "other settings")
     parser.add_argument("--keep", action="store_true", help="keep models and checkpoints of finished runs")
     parser.add_argument("--speed-only", action="store_true", help="time steps over random tokens, with no loss, "
                         "checkpoint or model; runs on as many ranks share the start of their processes")
-    parser.add_argument("--side-by-side", type=int, default=1, metavar="RUNS", help="at most so many at a time, each "
-                        "on GPUs of its own (default: %(default)s)")
+    parser.add_argument("--side-by-side", type=whole_number, default=1, metavar="RUNS", help="at most so many at a "
+                        "time, each on GPUs of its own (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="run nothing, only write the report")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the report there, with its plots and rows "
                         "beside it (default: OUT/report.md)")

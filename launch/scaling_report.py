@@ -4,10 +4,30 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
-Series = dict[str, list[tuple[float, float]]]  # points (x, y) by label
+POINTS_APART = 5.0  # from which ratio of the largest to the smallest on an axis is logarithmic
+
+
+class Line(NamedTuple):
+    """What a line of a plot is of: one colour a group, drawn through for MuSe and dashed for exact attention."""
+
+    group: str
+    attention: str
+    width: float = 1.8
+
+
+Series = dict[Line, list[tuple[float, float]]]  # points (x, y)
+
+
+class Plot(NamedTuple):
+    """What a plot shows."""
+
+    title: str
+    x: str
+    y: str
+    series: Callable[[Sequence[Row]], Series]
 
 
 def write_report(rows: Sequence[Row], page: Path) -> str:
@@ -20,8 +40,8 @@ def write_report(rows: Sequence[Row], page: Path) -> str:
     good = [row for row in rows if "failed" not in row]
     bad = [row for row in rows if "failed" in row]
     page.parent.mkdir(parents=True, exist_ok=True)
-    series = {name: make(good) for name, make in PLOTS.items()}
-    plots = [plot(page.with_name(f"{page.stem}-{name}.png"), *found) for name, found in series.items() if found[0]]
+    plots = [draw(page.with_name(f"{page.stem}-{name}.png"), one, series) for name, one in PLOTS.items()
+             if (series := one.series(good))]
     parts = ["# Scaling", "", about(good), "", main_table(good), "",
              "## Strong scaling: the same sequences on more ranks", "", scaling_table(good, strong), "",
              "## Weak scaling: the same tokens a rank", "", scaling_table(good, weak)]
@@ -67,8 +87,8 @@ def log_report(wandb: Any, rows: Sequence[Row], page: Path, folder: Path, mode: 
     head, lines = _main_cells(sorted(good, key=_place))
     with wandb.init(project="muse_dist", name=page.stem, mode=mode, dir=str(folder), job_type="scaling") as run:
         run.log({"runs": wandb.Table(columns=head, data=lines), **{
-            name: wandb.Image(str(page.with_name(f"{page.stem}-{name}.png"))) for name, make in PLOTS.items()
-            if make(good)[0]}})
+            name: wandb.Image(str(page.with_name(f"{page.stem}-{name}.png"))) for name, one in PLOTS.items()
+            if one.series(good)}})
 
 
 def main_table(rows: Sequence[Row]) -> str:
@@ -123,7 +143,7 @@ def scaling_table(rows: Sequence[Row], key: Callable[[Row], tuple[Any, ...]]) ->
                           f"{gain:.2f}x", f"{share:.0%}"])
     if not lines:
         return "No runs to compare: they need several --ranks."
-    return _markdown(["model", "attention", "context", "ranks", "step s", "tokens/s", "efficiency"], lines)
+    return _markdown(["model", "attention", "context", "ranks", "step s", "speed-up", "efficiency"], lines)
 
 
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -137,50 +157,81 @@ def _label(row: Row) -> str:
     return f"{row['model']}, {row['context']} tokens, {row['ranks']} rank(s), {row['attention']}"
 
 
-def _strong_series(rows: Sequence[Row]) -> tuple[Series, str, str]:
-    return {f"{model}, {attention}, {context} tokens": [(row["ranks"], speedup(row, group[0])) for row in group]
-            for (model, attention, context), group in groups(rows, strong).items()}, "ranks", "speed-up"
+def _strong_series(rows: Sequence[Row]) -> Series:
+    return {Line(f"{model}, {context} tokens", attention): [(row["ranks"], speedup(row, group[0])) for row in group]
+            for (model, attention, context), group in groups(rows, strong).items()}
 
 
-def _weak_series(rows: Sequence[Row]) -> tuple[Series, str, str]:
-    return {f"{model}, {attention}, {local:g} tokens a rank": [
+def _weak_series(rows: Sequence[Row]) -> Series:
+    return {Line(f"{model}, {local:g} tokens a rank", attention): [
         (row["ranks"], row["tokens_per_second"] / row["ranks"]) for row in group]
-        for (model, attention, local), group in groups(rows, weak).items()}, "ranks", "tokens/s a rank"
+        for (model, attention, local), group in groups(rows, weak).items()}
 
 
-def _speed_series(rows: Sequence[Row]) -> tuple[Series, str, str]:
+def _speed_series(rows: Sequence[Row]) -> Series:
     found: Series = {}
     for row in sorted(rows, key=lambda row: row["context"]):
-        found.setdefault(f"{row['model']}, {row['attention']}, {row['ranks']} rank(s)", []).append(
+        found.setdefault(Line(f"{row['model']}, {row['ranks']} rank(s)", row["attention"]), []).append(
             (row["context"], row["tokens_per_second"] / row["ranks"]))
-    return found, "context (tokens)", "tokens/s a rank"
+    return found
 
 
-def _loss_series(rows: Sequence[Row]) -> tuple[Series, str, str]:
-    return {_label(row): [((step + 1) * row["tokens"], loss) for step, loss in enumerate(row["losses"])]
-            for row in rows if row["losses"]}, "tokens read", "loss (nats a token)"
+def _loss_series(rows: Sequence[Row]) -> Series:
+    """Lines of more ranks, which should be the same, are thinner and lie upon the others."""
+    return {Line(f"{row['model']}, {row['context']} tokens, {row['ranks']} rank(s)", row["attention"],
+                 1 + 2.5 / row["ranks"]): [(step * row["tokens"], loss) for step, loss in enumerate(row["losses"], 1)]
+            for row in rows if row["losses"]}
 
 
-PLOTS = {"strong": _strong_series, "weak": _weak_series, "speed": _speed_series, "loss": _loss_series}
+PLOTS = {
+    "strong": Plot("Strong scaling: the same sequences on more ranks", "ranks", "speed-up over the fewest ranks",
+                   _strong_series),
+    "weak": Plot("Weak scaling: the same tokens a rank", "ranks", "tokens/s a rank", _weak_series),
+    "speed": Plot("Speed by the length of sequences", "context (tokens)", "tokens/s a rank", _speed_series),
+    "loss": Plot("Loss by tokens read", "tokens read", "loss (nats a token)", _loss_series),
+}
 
 
-def plot(path: Path, series: Series, x: str, y: str) -> Path:
-    """Lines by label into a PNG. Steps of a training run are a plain line, everything else has marks."""
+def draw(path: Path, plot: Plot, series: Series) -> Path:
+    """A plot as a PNG, its legend beside it. Steps of a training run are a plain line, everything else has marks."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    order = list(dict.fromkeys(line.group for line in series))
+    colours = {group: f"C{i}" if len(order) <= 10 else colormaps["turbo"](i / (len(order) - 1))
+               for i, group in enumerate(order)}
+    figure = Figure(figsize=(11, max(5.0, 1 + 0.2 * len(series))), layout="constrained")
     axes = figure.subplots()
-    for number, (label, points) in enumerate(series.items()):
-        axes.plot(*zip(*points), label=label, color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3],
-                  marker="" if x == "tokens read" else ("o", "s", "^")[number // 10 % 3])
-    if x != "tokens read":
-        axes.set_xscale("log", base=2)
-        ticks = sorted({point[0] for points in series.values() for point in points})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_xticks([], minor=True)
-    axes.set(xlabel=x, ylabel=y)
+    steps = plot.x == "tokens read"
+    for line, points in sorted(series.items(), key=lambda item: (item[0].attention == "exact", -item[0].width)):
+        muse = line.attention != "exact"
+        axes.plot(*zip(*points), label=f"{line.group}, {line.attention}", color=colours[line.group],
+                  linewidth=line.width, linestyle="-" if muse else "--",
+                  marker="" if steps else "o" if muse else "s")
+    if not steps:
+        _scales(axes, series, plot.y.startswith("speed-up"))
+    axes.set(xlabel=plot.x, ylabel=plot.y, title=plot.title)
     axes.grid(alpha=0.3)
-    if series:
-        axes.legend(fontsize="x-small", handlelength=4)
+    figure.legend(loc="outside right upper", fontsize="x-small", handlelength=4)
     figure.savefig(path, dpi=130)
     return path
+
+
+def _scales(axes: Any, series: Series, ideal: bool) -> None:
+    """Powers of two along x; y from zero, or logarithmic; `ideal` adds what ranks that lose nothing would reach."""
+    from matplotlib.ticker import LogLocator
+
+    xs = sorted({x for points in series.values() for x, _ in points})
+    ys = [y for points in series.values() for _, y in points]
+    if ideal and len({points[0][0] for points in series.values()}) == 1:
+        axes.plot(xs, [x / xs[0] for x in xs], color="black", linewidth=1, linestyle=":", label="ideal")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(xs, [f"{x:g}" for x in xs])
+    axes.set_xticks([], minor=True)
+    if max(ys) > POINTS_APART * min(ys):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.yaxis.set_minor_formatter("")
+    elif not ideal:
+        axes.set_ylim(bottom=0)

@@ -102,12 +102,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that the runs in progress are ended too."""
+    """Let SIGTERM, and SIGHUP of a terminal that is closed, unwind the stack: the runs in progress are ended too.
+
+    What nohup has switched off stays so.
+    """
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

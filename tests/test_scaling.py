@@ -14,9 +14,9 @@ import torch
 
 from launch import scaling
 from launch.plan_step import scaling_step
-from launch.scaling_report import groups, main_table, scaling_table, strong, weak, write_report
+from launch.scaling_report import PLOTS, draw, groups, main_table, scaling_table, strong, weak, write_report
 from launch.scaling_row import measured
-from launch.scaling_runs import slots
+from launch.scaling_runs import ending, slots
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = """
@@ -82,7 +82,8 @@ def test_a_sweep_keeps_failures_and_goes_on(arguments, tmp_path, capsys):
     assert not (out / "report-strong.png").exists(), "one number of ranks has no line"
 
 
-def test_an_interrupted_sweep_ends_its_run_and_goes_on_inside_it(arguments, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_sweep_ends_its_run_and_goes_on_inside_it(arguments, tmp_path, number):
     out = tmp_path / "out"
     sweep = [*arguments[:-4], "--steps", "4000", "--attention", "exact"]
     process = subprocess.Popen([sys.executable, "-m", "launch.scaling", *sweep], cwd=ROOT,
@@ -91,8 +92,8 @@ def test_an_interrupted_sweep_ends_its_run_and_goes_on_inside_it(arguments, tmp_
     deadline = time.monotonic() + 100
     while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
     assert not (out / "rows.jsonl").exists()
     behind = metrics.read_text().count("\n")
     assert 3 < behind < 4000
@@ -106,6 +107,16 @@ def test_an_interrupted_sweep_ends_its_run_and_goes_on_inside_it(arguments, tmp_
     row, = rows_in(out)
     assert row["steps"] == behind + 3
     assert f"going on after step {behind}" in (out / "small-128-1-exact" / "log.txt").read_text()
+
+
+def test_what_nohup_has_switched_off_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_rows_of_other_settings_are_refused_or_measured_again(arguments, tmp_path, capsys):
@@ -262,6 +273,30 @@ def test_strong_and_weak_scaling_compare_what_belongs_together(tmp_path):
     assert "out of memory" in text and "![" not in page.read_text() and "No run was finished" in text
 
 
+def test_plots_hide_no_line_and_say_what_they_show(tmp_path, monkeypatch):
+    """Many lines, all alike: the legend stands beside them, and thin and dashed ones lie on wide and solid ones."""
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: figures.append(figure))
+    rows = [made(model=model, context=context, ranks=ranks, attention=attention, speed=20.0 ** ranks)
+            for model in "abc" for context in (1024, 2048) for ranks in (1, 2) for attention in ("exact", "muse")]
+    for plot in PLOTS.values():
+        series = plot.series(rows)
+        draw(tmp_path / "plot.png", plot, series)
+        figure = figures.pop()
+        figure.draw_without_rendering()
+        (axes,), (legend,) = figure.axes, figure.legends
+        assert axes.get_title() == plot.title and axes.get_xlabel() == plot.x and axes.get_ylabel() == plot.y
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+        lines = axes.get_lines()
+        assert len({line.get_label() for line in lines}) == len(lines) == len(series) + (plot is PLOTS["strong"])
+        looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+        assert len(looks) == len(lines), "no two lines look the same"
+        assert axes.get_yscale() == ("linear" if plot is PLOTS["loss"] else "log")
+    thin = [line for line in lines if line.get_label().endswith("2 rank(s), exact")]
+    assert all(lines.index(line) > lines.index(other) for line in thin for other in lines
+               if other.get_label().endswith("1 rank(s), muse"))
+
+
 def test_times_leave_the_first_steps_out(tmp_path):
     config = {"model": {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "mlp": 32}, "data": {"context": 64},
               "train": {"batch": 2, "attention": "muse"}}
@@ -284,7 +319,11 @@ def test_times_leave_the_first_steps_out(tmp_path):
     (["--config", "configs/tiny.toml", "configs/../configs/tiny.toml"], "two files have the same name"),
     (["--config", "missing.toml"], "missing.toml"), (["--steps", "3"], "--skip 3 leaves none of the 3 steps"),
     (["--speed-only", "--keep"], "leaves nothing but rows: leave --data and --keep out"),
-    (["--side-by-side", "0"], "--side-by-side 0: must be at least 1")])
+    *[([option, value], f"argument {option}: {value} must be at least 1") for option, value in (
+        ("--side-by-side", "0"), ("--ranks", "0"), ("--ranks", "-1"), ("--context", "0"), ("--steps", "0"))],
+    (["--limit", "nan"], "argument --limit: nan must be a finite number above 0"),
+    (["--config", "configs/tiny.toml", "--set", "data.context=64"], "--set data.context: rows are told apart by what "
+     "--context says; say it there")])
 def test_command_names_what_cannot_be(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         scaling.main([*arguments, "--out", str(tmp_path)])
