@@ -38,6 +38,12 @@ def test_recipes_are_programs_their_shell_understands(recipe):
      "--nnodes 2 --nproc-per-node 8 --master-addr node1 --master-port 29500 --node-rank 1 -m a b:"),
     (["2:4", "8", "node1:400", "--max-restarts", "3", "-m", "x"],
      "--nnodes 2:4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:400 --max-restarts 3 -m x:1"),
+    (["2", "8", "node1", "-m", "x"],
+     "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29500 -m x:1"),
+    (["1:2", "8", "node1", "-m", "x"],
+     "--nnodes 1:2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29500 -m x:1"),
+    (["1", "8", "localhost", "-m", "x"],  # any free port: another run on this node may have 29500
+     "--nnodes 1 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint localhost:0 -m x:1"),
 ])
 def test_torchrun_is_static_with_a_node_rank_and_elastic_without(tmp_path, arguments, wanted):
     stand_in(tmp_path, "torchrun", 'echo "$*:${TORCH_DISABLE_SHARE_RDZV_TCP_STORE-}" $OMP_NUM_THREADS')
