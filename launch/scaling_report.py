@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 POINTS_APART = 5.0  # from which ratio of the largest to the smallest on an axis is logarithmic
+AVERAGED = 20  # losses are shown as means of such a part of the steps: batches differ more than attentions do
 
 
 class Line(NamedTuple):
@@ -34,7 +35,8 @@ def write_report(rows: Sequence[Row], page: Path) -> str:
     """Write the page, and beside it the plots it shows and the rows as JSON lines; the text is returned too.
 
     PAGE-strong.png: speed-up by ranks at the same context; PAGE-weak.png: tokens/s a rank by ranks at the same tokens
-    a rank; PAGE-speed.png: tokens/s a rank by context; PAGE-loss.png: loss by tokens read.
+    a rank; PAGE-speed.png: tokens/s a rank by context; PAGE-loss.png: loss by tokens read; PAGE-difference.png: how far
+    it is from that of exact attention on the same tokens.
     """
     rows = sorted(rows, key=_place)
     good = [row for row in rows if "failed" not in row]
@@ -104,9 +106,10 @@ def _main_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         lines.append([row["model"], f"{row['context']}", f"{row['ranks']}", row["attention"], f"{row['seconds']:.3f}",
                       f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_second'] / row['ranks']:,.0f}",
                       "-" if use is None else f"{use:.1%}", "-" if memory is None else f"{memory / 2**30:.2f}",
-                      f"{row['received_bytes'] / 2**20:,.1f}", f"{row['losses'][-1]:.3f}" if row["losses"] else "-"])
+                      f"{row['received_bytes'] / 2**20:,.1f}", f"{row['losses'][-1]:.3f}" if row["losses"] else "-",
+                      "-" if row["held_out"] is None else f"{row['held_out']:.4f}"])
     return ["model", "context", "ranks", "attention", "step s", "tokens/s", "a rank", "MFU", "GiB a rank",
-            "MiB received", "last loss"], lines
+            "MiB received", "last loss", "held out"], lines
 
 
 def strong(row: Row) -> tuple[Any, ...]:
@@ -178,9 +181,32 @@ def _speed_series(rows: Sequence[Row]) -> Series:
 
 def _loss_series(rows: Sequence[Row]) -> Series:
     """Lines of more ranks, which should be the same, are thinner and lie upon the others."""
-    return {Line(f"{row['model']}, {row['context']} tokens, {row['ranks']} rank(s)", row["attention"],
-                 1 + 2.5 / row["ranks"]): [(step * row["tokens"], loss) for step, loss in enumerate(row["losses"], 1)]
-            for row in rows if row["losses"]}
+    return {_loss_line(row): _averages(row["losses"], row["tokens"]) for row in rows if row["losses"]}
+
+
+def _difference_series(rows: Sequence[Row]) -> Series:
+    """Of runs beside one with exact attention that read the same tokens in the same steps."""
+    exact = {_batches(row): row["losses"] for row in rows if row["attention"] == "exact"}
+    return {_loss_line(row): _averages([a - b for a, b in zip(row["losses"], exact[_batches(row)])], row["tokens"])
+            for row in rows if row["losses"] and row["attention"] != "exact" and _batches(row) in exact}
+
+
+def _batches(row: Row) -> tuple[Any, ...]:
+    """Runs with this in common read the same tokens in the same steps, at the same learning rates."""
+    train = row["config"]["train"]
+    return (row["parameters"], row["context"], row["ranks"], row["tokens"], len(row["losses"]),
+            *(train.get(name) for name in ("seed", "lr", "warmup")))
+
+
+def _loss_line(row: Row) -> Line:
+    group = f"{row['model']}, {row['context']} tokens, {row['ranks']} rank(s)"
+    return Line(group, row["attention"], 1 + 2.5 / row["ranks"])
+
+
+def _averages(values: Sequence[float], tokens: int) -> list[tuple[float, float]]:
+    """(tokens read, mean of the last steps), `tokens` a step."""
+    window = max(len(values) // AVERAGED, 1)
+    return [(end * tokens, sum(values[end - window:end]) / window) for end in range(window, len(values) + 1)]
 
 
 PLOTS = {
@@ -188,7 +214,10 @@ PLOTS = {
                    _strong_series),
     "weak": Plot("Weak scaling: the same tokens a rank", "ranks", "tokens/s a rank", _weak_series),
     "speed": Plot("Speed by the length of sequences", "context (tokens)", "tokens/s a rank", _speed_series),
-    "loss": Plot("Loss by tokens read", "tokens read", "loss (nats a token)", _loss_series),
+    "loss": Plot(f"Loss by tokens read, mean of 1/{AVERAGED} of the steps", "tokens read", "loss (nats a token)",
+                 _loss_series),
+    "difference": Plot(f"Loss less that of exact attention on the same tokens, mean of 1/{AVERAGED} of the steps",
+                       "tokens read", "difference (nats a token)", _difference_series),
 }
 
 
@@ -210,6 +239,8 @@ def draw(path: Path, plot: Plot, series: Series) -> Path:
                   marker="" if steps else "o" if muse else "s")
     if not steps:
         _scales(axes, series, plot.y.startswith("speed-up"))
+    elif plot.y.startswith("difference"):
+        axes.axhline(0.0, color="black", linewidth=1, linestyle=":", label="exact")
     axes.set(xlabel=plot.x, ylabel=plot.y, title=plot.title)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="x-small", handlelength=4)

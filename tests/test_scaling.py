@@ -251,8 +251,8 @@ def test_slots_are_gpus_of_their_own(monkeypatch):
 def made(model="a", context=1024, ranks=1, attention="muse", speed=100.0, **more):
     return {"model": model, "context": context, "ranks": ranks, "attention": attention, "tokens": context,
             "seconds": context / speed, "tokens_per_second": speed, "memory_bytes": 2 ** 30, "received_bytes": 2 ** 20,
-            "losses": [3.0, 2.5], "device": "made up", "torch": "2", "side_by_side": 1,
-            "config": {"train": {"batch": 1}}, **more}
+            "losses": [3.0, 2.5], "held_out": None, "device": "made up", "torch": "2", "side_by_side": 1,
+            "parameters": len(model), "config": {"train": {"batch": 1, "seed": 0, "lr": 1.0, "warmup": 0}}, **more}
 
 
 def test_strong_and_weak_scaling_compare_what_belongs_together(tmp_path):
@@ -273,6 +273,21 @@ def test_strong_and_weak_scaling_compare_what_belongs_together(tmp_path):
     assert "out of memory" in text and "![" not in page.read_text() and "No run was finished" in text
 
 
+def test_losses_are_averaged_and_compared_with_exact_attention_on_the_same_tokens():
+    exact = [10.0 - 0.1 * step for step in range(40)]
+    rows = [made(attention="exact", losses=exact), made(losses=[x + 0.5 for x in exact], held_out=1.23456),
+            made(model="b", losses=[x - 0.25 for x in exact]), made(context=2048, losses=exact),
+            made(losses=exact, model="c", config={"train": {"batch": 1, "seed": 1, "lr": 1.0, "warmup": 0}})]
+    found = PLOTS["difference"].series(rows)
+    assert [line.group for line in found] == ["a, 1024 tokens, 1 rank(s)", "b, 1024 tokens, 1 rank(s)"]
+    for points, gap in zip(found.values(), (0.5, -0.25)):
+        assert [x for x, _ in points] == [1024 * step for step in range(2, 41)]
+        assert [y for _, y in points] == pytest.approx([gap] * 39)
+    averages = next(iter(PLOTS["loss"].series(rows).values()))
+    assert averages[0] == pytest.approx((2048, 9.95)) and averages[-1] == pytest.approx((40960, 6.15))
+    assert "1.2346" in main_table(rows)
+
+
 def test_plots_hide_no_line_and_say_what_they_show(tmp_path, monkeypatch):
     """Many lines, all alike: the legend stands beside them, and thin and dashed ones lie on wide and solid ones."""
     figures = []
@@ -288,13 +303,15 @@ def test_plots_hide_no_line_and_say_what_they_show(tmp_path, monkeypatch):
         assert axes.get_title() == plot.title and axes.get_xlabel() == plot.x and axes.get_ylabel() == plot.y
         assert not legend.get_window_extent().overlaps(axes.get_window_extent())
         lines = axes.get_lines()
-        assert len({line.get_label() for line in lines}) == len(lines) == len(series) + (plot is PLOTS["strong"])
+        assert len({line.get_label() for line in lines}) == len(lines) == len(series) + (
+            plot in (PLOTS["strong"], PLOTS["difference"])), "and a line of what would be ideal, or of exact attention"
         looks = {(line.get_color(), line.get_linestyle()) for line in lines}
         assert len(looks) == len(lines), "no two lines look the same"
-        assert axes.get_yscale() == ("linear" if plot is PLOTS["loss"] else "log")
-    thin = [line for line in lines if line.get_label().endswith("2 rank(s), exact")]
-    assert all(lines.index(line) > lines.index(other) for line in thin for other in lines
-               if other.get_label().endswith("1 rank(s), muse"))
+        assert axes.get_yscale() == ("linear" if plot in (PLOTS["loss"], PLOTS["difference"]) else "log")
+        thin = [line for line in lines if line.get_label().endswith("2 rank(s), exact")]
+        assert plot is not PLOTS["loss"] or thin and all(
+            lines.index(line) > lines.index(other) for line in thin for other in lines
+            if other.get_label().endswith("1 rank(s), muse"))
 
 
 def test_times_leave_the_first_steps_out(tmp_path):
