@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from launch.corpus import VOCABULARY
 from launch.data_encode import Encoding, byte_encoding, encode_unit, file_encoding, train_tokenizer
 from launch.data_join import join_parts
 from launch.data_sources import Unit, list_units
@@ -58,6 +59,11 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--held-out-every {options.held_out_every}: must be at least 2")
     if options.workers < 1:
         raise ValueError(f"--workers {options.workers}: must be at least 1")
+    if options.tokenizer == "bpe" and options.vocabulary < VOCABULARY:
+        raise ValueError(f"--vocabulary {options.vocabulary}: must be at least {VOCABULARY}, a token for each byte and "
+                         "one for the end of a document")
+    if options.train_bytes < 1:
+        raise ValueError(f"--train-bytes {options.train_bytes}: must be at least 1")
     units, skipped = list_units(options.input, tuple(options.suffix))
     parts = options.out / "parts"
     parts.mkdir(parents=True, exist_ok=True)
@@ -89,7 +95,8 @@ def _encoding(options: argparse.Namespace, units: list[Unit]) -> Encoding:
         return byte_encoding(options.key)
     if options.tokenizer != "bpe":
         file_encoding(Path(options.tokenizer), options.key)
-        shutil.copyfile(options.tokenizer, kept)
+        if not (kept.exists() and kept.samefile(options.tokenizer)):
+            shutil.copyfile(options.tokenizer, kept)
     elif not kept.exists():
         print(f"training a tokenizer of {options.vocabulary} tokens", flush=True)
         train_tokenizer(units, options.key, options.vocabulary, options.train_bytes, kept)

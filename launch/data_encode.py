@@ -55,7 +55,8 @@ def file_encoding(path: Path, key: str) -> Encoding:
     for end in ENDS:
         number = tokenizer.token_to_id(end)
         if number is not None:
-            return Encoding(str(path), tokenizer.get_vocab_size(), number, key)
+            # Numbers may have gaps: the largest counts, not how many there are.
+            return Encoding(str(path), 1 + max(tokenizer.get_vocab(with_added_tokens=True).values()), number, key)
     raise ValueError(f"{path} has no token for the end of a document; one of {', '.join(ENDS)} is needed")
 
 
@@ -155,6 +156,10 @@ def _tokenizer(path: Path) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
         raise ValueError(f"{path} is no tokenizer.json: {error}") from error
+    # Files of models that were published often say how to cut and fill a batch: here that would lose and add text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

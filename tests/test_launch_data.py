@@ -9,7 +9,6 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
 from launch import data as command
 from launch import data_encode, data_sources
@@ -223,26 +222,6 @@ def test_a_part_of_other_input_is_made_again(tmp_path):
         assert np.fromfile(parts / "part-000000.bin", np.uint16)[:-1].tolist() == list(text.encode())
 
 
-def test_trained_tokens_decode_to_the_text_and_processes_agree(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data_sources, "UNIT", 3000)
-    source = tmp_path / "a.jsonl"
-    source.write_bytes(lines([f"{text} {i}" for i, text in enumerate(TEXTS * 20)]))
-    options = ["--tokenizer", "bpe", "--vocabulary", "400"]
-    about = make(tmp_path / "one", source, *options)
-    assert command.main([str(source), "--out", str(tmp_path / "two"), "--held-out-every", "5", "--workers", "2",
-                         *options]) == 0
-    assert json.loads((tmp_path / "two" / "data.json").read_text()) == about
-    assert about["vocabulary"] == 400 and about["tokenizer"] == "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(tmp_path / "one" / "tokenizer.json"))
-    tokens = IndexedTokens(tmp_path / "one" / "held_out")
-    found = tokens.read(0, len(tokens)).tolist()
-    texts = tokenizer.decode(found, skip_special_tokens=False).split(data_encode.END)[:-1]
-    assert texts == [f"{text} {i}" for i, text in enumerate(TEXTS * 20)][4::5]
-    again = make(tmp_path / "again", source, "--tokenizer", tmp_path / "one" / "tokenizer.json")
-    assert again["digest"] == about["digest"]
-    assert "training a tokenizer of 400 tokens" in capsys.readouterr().out
-
-
 def test_the_index_is_megatrons(tmp_path):
     tokens = np.arange(60, dtype=np.uint16)
     tokens.tofile(tmp_path / "x.bin")
@@ -330,6 +309,8 @@ def test_tokens_of_which_none_are_held_out_are_refused_and_not_lost(tmp_path, ca
     (["."], "no file to read in"),
     (["a.jsonl", "--held-out-every", "1"], "--held-out-every 1: must be at least 2"),
     (["a.jsonl", "--workers", "0"], "--workers 0: must be at least 1"),
+    (["a.jsonl", "--tokenizer", "bpe", "--vocabulary", "256"], "--vocabulary 256: must be at least 257"),
+    (["a.jsonl", "--tokenizer", "bpe", "--train-bytes", "0"], "--train-bytes 0: must be at least 1"),
     (["a.jsonl", "--tokenizer", "a.jsonl"], "a.jsonl is no tokenizer.json"),
 ])
 def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, message):
