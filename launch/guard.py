@@ -1,16 +1,19 @@
-"""What stops a run in good order: signals, steps that went wrong, ranks that hang."""
+"""What stops a run in good order: signals, steps that went wrong, ranks that hang, another run in its folder."""
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import math
 import os
 import signal
+import socket
 import statistics
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from launch.config import TrainConfig
@@ -39,6 +42,29 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which need not be there yet. The system lets go when this process dies.
+
+    Raises:
+        ValueError: another run is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(f"{folder} is in use by another run, {file.read().strip() or 'which is just starting'}: "
+                             "wait until it has ended, or take another --name") from error
+        except OSError as error:  # some network file systems have none
+            print(f"warning: {folder} cannot be locked ({error.strerror}): see that no other run writes to it",
+                  flush=True)
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        yield
 
 
 class LossGuard:

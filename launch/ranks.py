@@ -96,6 +96,16 @@ class Ranks:
         return value
 
 
+def started_processes(context_parallel: int) -> tuple[int, int]:
+    """How many processes were started, and how many of them share a sequence. ValueError as of `join_ranks`."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    size = context_parallel or world
+    if world % size:
+        raise ValueError(f"train.context_parallel={size} must divide the {world} processes that were started: start "
+                         "a multiple of it, with torchrun for example, or take another --context-parallel (0: all)")
+    return world, size
+
+
 @contextmanager
 def join_ranks(
     device: torch.device, layout: LayoutName, context_parallel: int = 0, timeout: int = TIMEOUT
@@ -108,10 +118,7 @@ def join_ranks(
     Raises:
         ValueError: the processes are no multiple of `context_parallel`.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    size = context_parallel or world
-    if world % size:
-        raise ValueError(f"train.context_parallel={size} must divide the {world} processes that were started")
+    world, size = started_processes(context_parallel)
     if world == 1:
         yield Ranks(0, 1, device, layout)
         return

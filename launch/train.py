@@ -14,6 +14,7 @@ import dataclasses
 import shutil
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from launch.compare import compare_first_steps, measure, received
 from launch.config import RunConfig
 from launch.corpus import Corpus, load_corpus
 from launch.engine import make_engine
-from launch.guard import StopSignal
+from launch.guard import StopSignal, only_run
 from launch.metrics import read_metrics
 from launch.monitor import Monitor, Silent, Wandb
 from launch.options import add_run_options, pick_device, run_changes
-from launch.ranks import Ranks, join_ranks
+from launch.ranks import Ranks, join_ranks, started_processes
 from launch.report import table, write_report
 from launch.trainer import Trainer
 from muse_dist import ByteCounter
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             config = RunConfig.from_toml(options.config, name=options.name, changes=run_changes(options))
             device = pick_device(options.device)
+            started_processes(config.train.context_parallel)
             corpus = load_corpus(config.data)
         except (OSError, TypeError, ValueError) as error:
             parser.error(str(error))
@@ -62,8 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", "full scope is deprecated")  # of CUDA graphs, which it does not record
         settings = config.train
         # A rank that hangs says so itself, before the exchange that waits for it gives up.
-        with join_ranks(device, config.layout, settings.context_parallel, settings.timeout + 60) as ranks:
+        with (join_ranks(device, config.layout, settings.context_parallel, settings.timeout + 60) as ranks,
+              ExitStack() as held):
             try:
+                ranks.on_first(lambda: held.enter_context(only_run(options.out / config.name)))
                 run = _Run(config, corpus, ranks, options)
             except (OSError, ValueError) as error:
                 parser.error(str(error))
@@ -149,7 +153,6 @@ class _Run:
 
 
 def _open(folder: Path, fresh: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / FINISHED).unlink(missing_ok=True)
     for path in [found for name in LEFT_BEHIND for found in folder.glob(name)] if fresh else ():
         if path.is_dir():

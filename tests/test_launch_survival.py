@@ -97,6 +97,22 @@ def test_sigterm_saves_and_ends_well(case, undisturbed):
     assert_same(case, undisturbed)
 
 
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_a_second_run_in_the_folder_is_refused_and_does_no_harm(case, undisturbed, tmp_path, fresh):
+    run = case.start()
+    case.wait_for_steps(run, 1)
+    (tmp_path / "second").mkdir()
+    arguments = ["--config", case.folder / "run.toml", "--out", case.folder, "--device", "cpu", *fresh]
+    second = case.launcher.start(arguments, 2, tmp_path / "second")
+    run.kill(0, signal.SIGSTOP)  # so that it is surely there all the while
+    assert second.wait() == [2, 2], second.output()
+    run.kill(0, signal.SIGCONT)
+    assert f"{case.run_folder} is in use by another run, process {run.pids[0]} on " in second.output()
+    assert "take another --name" in second.output()
+    assert run.wait() == [0, 0], run.output()
+    assert_same(case, undisturbed)
+
+
 def training(case, starter):
     """The training command for a launcher."""
     mpi = ["launch.mpi"] if starter is mpirun else []

@@ -263,6 +263,7 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch, capsys):
     (["--config", str(TINY), "--steps", "0"], "train.steps=0"),
     (["--config", str(TINY), "--name", "a/b"], "name='a/b'"),
     (["--config", str(TINY), "--wandb", "yes"], "--wandb"),
+    (["--config", str(TINY), "--context-parallel", "2"], "train.context_parallel=2 must divide the 1 processes"),
 ])
 def test_the_command_explains_what_is_wrong(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
