@@ -159,7 +159,7 @@ def _from_files(config: DataConfig, folder: Path) -> Corpus:
         raise FileNotFoundError(f"{folder} has no data.json, with which a folder of tokens is complete: "
                                 "python -m launch.data writes one")
     about = _read_about(folder / "data.json")
-    streams = {part: IndexedTokens(folder / part) for part in ("train", "held_out")}
+    streams = {part: IndexedTokens(folder / part, about["vocabulary"]) for part in ("train", "held_out")}
     for part, tokens in streams.items():
         if len(tokens) != about[part]["tokens"]:
             raise ValueError(f"{folder}: {part} has {len(tokens)} tokens, and data.json says {about[part]['tokens']}: "

@@ -63,7 +63,8 @@ def only_run(folder: Path) -> Iterator[None]:
             print(f"warning: {folder} cannot be locked ({error.strerror}): see that no other run writes to it",
                   flush=True)
         file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
         yield
 
 

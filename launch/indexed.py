@@ -44,12 +44,14 @@ class IndexedTokens:
 
     Args:
         prefix: path of the two files without `.bin` and `.idx`.
+        vocabulary: every token is below it; None where that is not known.
     Raises:
         ValueError that names the file: it is no index, is cut off, or does not fit the other file.
         OSError: a file cannot be read.
     """
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: Path, vocabulary: int | None = None) -> None:
+        self.vocabulary = vocabulary
         self.path = prefix.with_name(prefix.name + ".bin")
         index = prefix.with_name(prefix.name + ".idx")
         self.dtype, self.starts = _read_index(index)
@@ -63,7 +65,10 @@ class IndexedTokens:
         return int(self.starts[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from place `start`. Read with pread: a file that breaks raises OSError, not SIGBUS."""
+        """`count` tokens from place `start`. Read with pread: a file that breaks raises OSError, not SIGBUS.
+
+        So does one with a token that cannot be, before it crashes a GPU's kernel that looks it up.
+        """
         size = self.dtype.itemsize
         data = bytearray()
         while len(data) < count * size:
@@ -71,7 +76,12 @@ class IndexedTokens:
             if not piece:
                 raise OSError(f"{self.path} ends before token {start + count}: it was cut off while it was in use")
             data += piece
-        return np.frombuffer(bytes(data), self.dtype)
+        tokens = np.frombuffer(bytes(data), self.dtype)
+        if self.vocabulary is not None and count and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
+            place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocabulary))[0])
+            raise OSError(f"{self.path} is damaged: token {start + place} is {tokens[place]}, and the vocabulary has "
+                          f"{self.vocabulary}; write the tokens again with python -m launch.data")
+        return tokens
 
     def document(self, start: int) -> tuple[int, int]:
         """(number of the document that token `start` is in, the token's place in it)."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ class MetricsFile:
     Args:
         path: the file.
         done: steps that are behind; lines of later ones, which are about to be done again, are dropped.
+    Attributes:
+        missing: how many of the steps behind have no line: somebody removed or damaged it.
     """
 
     def __init__(self, path: Path, done: int = 0) -> None:
         rows = [row for row in read_metrics(path) if row["step"] <= done] if done and path.exists() else []
+        self.missing = done - len(rows)
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.write_text("".join(strict_json(row) + "\n" for row in rows))
         partial.replace(path)
         self._file = path.open("ab", buffering=0)
         self._late = b""  # lines that a full disk did not take
@@ -29,34 +33,55 @@ class MetricsFile:
         Returns:
             what is wrong, where the disk does not take it: the line is kept and written with a later one.
         """
-        self._late += json.dumps(row).encode() + b"\n"
+        self._late += strict_json(row).encode() + b"\n"
         try:
-            while self._late:
-                done = self._file.write(self._late)
-                self._late = self._late[done:]
+            self._flush()
         except OSError as error:
             return f"{self._file.name} cannot be written: {error.strerror}"
         return None
 
-    def sync(self) -> None:
-        """Have all lines on the disk, before a checkpoint says they are."""
-        os.fsync(self._file.fileno())
+    def sync(self) -> str | None:
+        """Have all lines on the disk, before a checkpoint says they are. Returns what `write` does."""
+        try:
+            self._flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:  # network file systems say only here that they are full
+            return f"{self._file.name} cannot be written: {error.strerror}"
+        return None
 
     def close(self) -> None:
         """Close the file; OSError if there are lines it did not take."""
         try:
-            while self._late:
-                self._late = self._late[self._file.write(self._late):]
+            self._flush()
         finally:
             self._file.close()
 
+    def _flush(self) -> None:
+        while self._late:
+            self._late = self._late[self._file.write(self._late):]
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of the file; a last one that was cut off is left out."""
+    """The steps of the file, null as NaN; lines that are none, such as a last one that was cut off, are left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """JSON as everyone reads it: NaN and infinity, for which it has no numbers, are null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -42,6 +42,9 @@ class Monitor:
         self._name = config.name
         self._bar: tqdm[Any] | None = None
         self._complained = False
+        if self._file.missing:
+            self.say(f"warning: metrics.jsonl has no line of {self._file.missing} of the {done} steps before; tables "
+                     "and plots leave them out")
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Show and log the metrics of step 1, 2, ...; "loss" must be among them. Tables of numbers may be nested."""
@@ -88,7 +91,7 @@ class Monitor:
 
     def sync(self) -> None:
         """Have the metrics on the disk."""
-        self._file.sync()
+        self._complain(self._file.sync())
 
     def summary(self, values: dict[str, float]) -> None:
         """Log the numbers of the end of the run."""

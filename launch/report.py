@@ -1,7 +1,6 @@
 """What a training run leaves behind: a table for the terminal, results.json and two plots."""
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,22 +8,32 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from launch.metrics import strict_json
+from launch.storage import sync
+
 NAMES = {"muse": "MuSe", "exact": "exact attention", "near": "near field only"}
 COLOURS = {"muse": "tab:blue", "exact": "black", "near": "tab:orange"}
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
-    """Write results.json, loss.png (loss by step) and positions.png (held-out loss by position in the context)."""
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    """Write loss.png (loss by step), positions.png (held-out loss by position in the context) and results.json.
+
+    That comes last, and whole or not at all: with it a run has its report.
+    """
     plot_loss(results).savefig(folder / "loss.png", dpi=150)
     plot_positions(results).savefig(folder / "positions.png", dpi=150)
+    partial = folder / "results.partial"
+    partial.write_text(strict_json(results, indent=1) + "\n")
+    sync(partial)
+    partial.replace(folder / "results.json")
 
 
 def table(results: dict[str, Any]) -> str:
     """The results in a dozen lines of text. Losses are in nats a token, times in seconds."""
     train, data, history = results["config"]["train"], results["config"]["data"], results["history"]
-    total = sum(history["seconds"])
-    rate = train["steps"] * train["batch"] * data["context"] / total
+    steps, total = len(history["seconds"]), sum(history["seconds"])
+    pace = "" if not steps else (f" in {total:.0f} s: {total / steps:.3f} s a step, "
+                                 f"{steps * train['batch'] * data['context'] / total:,.0f} tokens/s")
     rows = [("", "loss", "far loss", "step")]
     for name, label in _labels(results).items():
         far = results["far_loss"][name]
@@ -35,9 +44,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [row[0].ljust(widths[0]) + "".join(cell.rjust(width + 3) for cell, width in zip(row[1:], widths[1:]))
              for row in rows]
     return "\n".join([
-        f"{results['parameters']:,} parameters, {train['steps']} steps of {train['batch']} x {data['context']} tokens "
-        f"in {total:.0f} s: {total / train['steps']:.3f} s a step, {rate:,.0f} tokens/s on {results['ranks']} x "
-        f"{results['device']}",
+        f"{results['parameters']:,} parameters, {train['steps']} steps of {train['batch']} x {data['context']} tokens"
+        f"{pace} on {results['ranks']} x {results['device']}",
         f"held-out text, {data['held_out_sequences']} sequences, nats a token"
         f"{'' if data['path'] else ' (one byte each)'}:", *(
             line.rstrip() for line in lines),
@@ -77,8 +85,9 @@ def plot_loss(results: dict[str, Any]) -> Figure:
     window = max(len(loss) // 20, 1)
     figure, axes = _axes("step", "loss (nats a token)", f"{results['name']}: training loss")
     axes.plot(np.arange(1, len(loss) + 1), loss, color=COLOURS["muse"], alpha=0.3, label="every step")
-    axes.plot(np.arange(window, len(loss) + 1), np.convolve(loss, np.ones(window) / window, "valid"),
-              color=COLOURS["muse"], label=f"mean of {window} steps")
+    if len(loss):
+        axes.plot(np.arange(window, len(loss) + 1), np.convolve(loss, np.ones(window) / window, "valid"),
+                  color=COLOURS["muse"], label=f"mean of {window} steps")
     axes.axhline(results["loss"][results["config"]["train"]["attention"]], color="tab:green", linestyle="--",
                  label="held-out text, at the end")
     axes.axhline(results["unigram_entropy"], color="grey", linestyle=":", label="unigram entropy")

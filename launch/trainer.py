@@ -1,7 +1,6 @@
 """The training loop: steps, what is logged of them, checkpoints, and how it ends and goes on."""
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -17,6 +16,7 @@ from launch.corpus import Corpus
 from launch.engine import Engine
 from launch.flops import peak_flops, step_flops
 from launch.guard import LossGuard, StopSignal, Watchdog
+from launch.metrics import strict_json
 from launch.monitor import Monitor, Silent
 from launch.optimizer import learning_rate
 from launch.probe import probe_layers, sampled_layers
@@ -203,21 +203,26 @@ class Trainer:
         """Write down what is known of a bad step, if there is a place for it; stop if that is the policy."""
         text = f"step {step} is bad: {problem}"
         if self.folder is not None:
-            self._write_bad_step(self.folder, step, problem, batch)
-            text += f"; bad-step-{step:09}.json has its sequences and the attention of each layer"
+            text += f"; {self._write_bad_step(self.folder, step, problem, batch)}"
         if self.guard.gives_up:
+            if self.checkpoints is not None:  # all ranks are here: one that is being written gets whole
+                self._warn(self.checkpoints.wait())
             raise FloatingPointError(f"{text}. Try a smaller train.lr, or train.bad_step=skip")
         self.monitor.say(f"{text}. It is left out")
 
-    def _write_bad_step(self, folder: Path, step: int, problem: str, batch: Tensor) -> None:
-        """Where its sequences come from and what the attention did: all ranks look at it, one writes."""
-        settings = self.config.train
+    def _write_bad_step(self, folder: Path, step: int, problem: str, batch: Tensor) -> str:
+        """Where its sequences come from and what the attention did: all ranks look at it, one writes and says so."""
+        settings, name = self.config.train, f"bad-step-{step:09}.json"
         statistics = self._probe(batch, list(range(self.config.model.layers)))
         if self.ranks.first:
             numbers = range(self.sequences, self.sequences + settings.batch)
             about = {"step": step, "problem": problem, "learning_rate": learning_rate(settings, step),
                      "sequences": [self.corpus.describe(n, settings.seed) for n in numbers], "attention": statistics}
-            (folder / f"bad-step-{step:09}.json").write_text(json.dumps(about, indent=1) + "\n")
+            try:
+                (folder / name).write_text(strict_json(about, indent=1) + "\n")
+            except OSError as error:  # no reason to end a run that is to leave the step out
+                return f"{name} cannot be written: {error.strerror}"
+        return f"{name} has its sequences and the attention of each layer"
 
     def _warn(self, troubles: list[str]) -> None:
         for trouble in troubles:

@@ -261,6 +261,18 @@ def test_files_that_do_not_fit_are_named(tmp_path, damage, message):
         IndexedTokens(tmp_path / "x")
 
 
+@pytest.mark.parametrize("dtype, token", [(np.uint16, 60_000), (np.int32, -1)])
+def test_a_token_that_cannot_be_is_named_with_its_place(tmp_path, dtype, token):
+    values = np.arange(60, dtype=dtype)
+    values[41] = token
+    values.tofile(tmp_path / "x.bin")
+    write_index(tmp_path / "x.idx", [60], values.dtype)
+    tokens = IndexedTokens(tmp_path / "x", vocabulary=60)
+    assert tokens.read(0, 41).tolist() == list(range(41))
+    with pytest.raises(OSError, match=rf"x.bin is damaged: token 41 is {token}, and the vocabulary has 60; write"):
+        tokens.read(30, 20)
+
+
 def test_training_takes_the_folder(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS * 10))
     make(tmp_path / "out", tmp_path / "a.jsonl")
@@ -269,6 +281,9 @@ def test_training_takes_the_folder(tmp_path):
     stream = documents(tmp_path / "out", "train")
     where = corpus.describe(4, 0)
     assert len(stream[where["document"]].encode()) >= where["token_in_document"]
+    np.full(len(corpus.train), 257, np.uint16).tofile(tmp_path / "out" / "train.bin")
+    with pytest.raises(OSError, match="train.bin is damaged: token .* is 257, and the vocabulary has 257"):
+        corpus.sequences(0, 1, 0)
     with pytest.raises(FileNotFoundError, match="nowhere has no data.json.*python -m launch.data writes one"):
         load_corpus(DataConfig(path=str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match="for held_out.*with a smaller --held-out-every of launch.data"):

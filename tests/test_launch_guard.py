@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from launch import storage
+from launch.checkpoint import Checkpoints
 from launch.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
 from launch.corpus import load_corpus
 from launch.engine import TorchEngine
@@ -41,6 +44,17 @@ class Spoiled(TorchEngine):
     def gradients(self, sequences, watch):
         self.seen += 1
         return super().gradients(sequences, watch) * self.losses.get(self.seen, 1.0)
+
+
+class Said(Silent):
+    """Remembers what is said, too."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
 
 
 def run(losses, tmp_path, **train):
@@ -138,6 +152,35 @@ def test_a_bad_step_of_one_rank_stops_all(tmp_path):
     for found in outcomes(2, rows_of_a_rank, tmp_path, "stop"):
         assert not found.died and "FloatingPointError: step 3 is bad: the loss is nan" in found.error
     assert [path.name for path in tmp_path.iterdir()] == ["bad-step-000000003.json"]
+
+
+def checkpoints_at_a_stop(folder):
+    """Checkpoints that are there when one of two ranks stops for a bad step, of one whose writing takes a while."""
+    write = storage.SafeWriter.write_data
+    storage.SafeWriter.write_data = lambda *arguments: time.sleep(2) or write(*arguments)
+    ranks = Ranks(dist.get_rank(), 2, torch.device("cpu"), "zigzag", dist.new_group(), dist.new_group(),
+                  dist.new_group(backend="gloo"))
+    config = dataclasses.replace(SMALL, log=LogConfig(checkpoint_every=2))
+    checkpoints = Checkpoints(folder / "checkpoints", ranks, 3)
+    trainer = Trainer(SpoiledOnOne(config, ranks, 257), load_corpus(config.data), config, ranks, Silent(), checkpoints)
+    with pytest.raises(FloatingPointError, match="step 3 is bad"):
+        trainer.run()
+    ranks.collect(None)
+    return checkpoints.steps()
+
+
+def test_a_checkpoint_that_is_being_written_outlives_a_bad_step(tmp_path):
+    assert run_ranks(2, checkpoints_at_a_stop, tmp_path) == [[2], [2]]
+
+
+def test_a_full_disk_does_not_end_a_run_that_is_to_leave_a_step_out(tmp_path):
+    (tmp_path / "bad-step-000000002.json").mkdir()  # nothing can be written there
+    trainer, _, rows = run({2: math.nan}, tmp_path, bad_step="skip")
+    trainer.monitor = said = Said(rows)
+    trainer.run()
+    assert [row["skipped"] for row in rows] == [0, 1, 0, 0, 0]
+    assert said.lines == ["step 2 is bad: the loss is nan; bad-step-000000002.json cannot be written: Is a directory. "
+                          "It is left out"]
 
 
 def test_a_spike_is_told_from_what_is_usual():

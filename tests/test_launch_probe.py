@@ -222,6 +222,37 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path):
         file.close()
 
 
+def no_room(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_is_full_only_when_asked_costs_no_run(tmp_path, monkeypatch, capsys):
+    """As network file systems do: writing works, fsync says that nothing was kept."""
+    with Monitor(CONFIG, tmp_path) as monitor:
+        with monkeypatch.context() as full:
+            full.setattr(os, "fsync", no_room)
+            monitor.sync()
+        assert "metrics.jsonl cannot be written: No space left on device" in capsys.readouterr().out
+
+
+def test_what_is_no_number_is_null_in_lines(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.write({"step": 1, "loss": math.nan, "stages": {"forward": math.inf}, "probe": [-math.inf, 1.5]})
+    file.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text) == {"step": 1, "loss": None, "stages": {"forward": None}, "probe": [None, 1.5]}
+    assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["loss"])
+
+
+def test_lines_that_are_damaged_or_gone_are_counted_and_the_others_stay(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\xfe\n[1]\n7\n{"step": 4, "loss": 1.0}\n')
+    with Monitor(CONFIG, tmp_path, done=4) as monitor:
+        monitor.step(5, {"loss": 0.5})
+    assert [row["step"] for row in read_metrics(path)] == [1, 4, 5]
+    assert "warning: metrics.jsonl has no line of 2 of the 4 steps before" in capsys.readouterr().out
+
+
 def test_nested_numbers_get_names():
     assert flat({"loss": 1, "stages": {"forward": 0.5}, "probe": {"layer_0": {"error": None, "far": 0.25}},
                  "attention": "muse"}) == {"loss": 1.0, "stages/forward": 0.5, "probe/layer_0/far": 0.25}

@@ -1,12 +1,14 @@
 """The training command: that it learns, and what it leaves behind."""
 import dataclasses
 import json
+import math
 import re
 import sys
 import types
 from functools import partial
 from pathlib import Path
 
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import LlamaForCausalLM
 
 from launch import model as model_module
+from launch import report
 from launch import train as command
 from launch.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
 from launch.corpus import load_corpus
@@ -234,6 +237,31 @@ def test_a_table_without_a_far_field(run):
     results = json.loads((run[0] / "results.json").read_text())
     results["far_loss"] = dict.fromkeys(results["far_loss"])
     assert re.search(r"same weights, exact attention +\d\.\d{4} +- +\d\.\d{3} s", table(results))
+
+
+def test_a_run_has_its_report_only_when_all_of_it_is_written(run, tmp_path, monkeypatch):
+    """What has results.json is finished and never reported again."""
+    results = json.loads((run[0] / "results.json").read_text())
+
+    def full(path, *_, **__):
+        raise OSError(28, "No space left on device", str(path))
+
+    for owner, name in ((matplotlib.figure.Figure, "savefig"), (report.Path, "replace")):
+        with monkeypatch.context() as disk, pytest.raises(OSError, match="No space left"):
+            disk.setattr(owner, name, full)
+            report.write_report(results, tmp_path)
+        assert not (tmp_path / "results.json").exists()
+    report.write_report({**results, "unigram_entropy": math.nan}, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == {**results, "unigram_entropy": None}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "loss.png", "positions.png"}
+
+
+def test_a_report_without_steps(run, tmp_path):
+    """Somebody has removed metrics.jsonl."""
+    results = json.loads((run[0] / "results.json").read_text())
+    results["history"] = {name: [] for name in results["history"]}
+    report.write_report(results, tmp_path)
+    assert "5 steps of 2 x 128 tokens on 1 x cpu" in table(results), table(results)
 
 
 @pytest.mark.parametrize("length", [2, 3, 100, 2048])
