@@ -197,8 +197,7 @@ class RunConfig:
         Raises:
             ValueError or TypeError naming the key, for keys not known here and for values that cannot be.
         """
-        with open(path, "rb") as file:
-            tables = tomllib.load(file)
+        tables = _read_tables(Path(path))
         for key, value in (changes or {}).items():
             table, _, entry = key.partition(".")
             if not entry:
@@ -242,6 +241,18 @@ class RunConfig:
         if self.train.engine != "deepspeed" and self.deepspeed != DeepSpeedConfig():
             raise ValueError(f"[deepspeed] has settings that train.engine={self.train.engine!r} does not read: leave "
                              "them out, or take train.engine='deepspeed'")
+
+
+def _read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; ValueError that names it if it is none, or has no table where one belongs."""
+    try:
+        tables = tomllib.loads(path.read_bytes().decode())
+    except ValueError as error:  # of UTF-8 too
+        raise ValueError(f"{path} is no TOML file: {error}") from error
+    for name, table in tables.items():
+        if name in TABLES and not isinstance(table, dict):
+            raise ValueError(f"{path}: {name} must be a table, which starts with the line [{name}]")
+    return tables
 
 
 def parse_changes(words: Sequence[str]) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def _start_wandb(config: RunConfig, folder: Path, mode: Literal["offline", "onli
     """A wandb run whose id is kept beside the metrics: a run that goes on is one curve there too."""
     wandb = load_wandb(mode)
     kept = folder / "wandb-id"
-    if not kept.exists():
+    if not (kept.exists() and kept.read_text()):  # a run that was killed here left it empty
         kept.write_text(secrets.token_hex(4))
     return wandb.init(project="muse_dist", name=config.name, mode=mode, dir=str(folder), id=kept.read_text(),
                       resume="allow", config=dataclasses.asdict(config))

@@ -45,7 +45,7 @@ def fused_adam() -> Any:
     """FusedAdam of NVIDIA's apex, which is known by its compiled module `amp_C`: the registry's `apex` has none.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: it is not installed, or does not load.
     """
     if importlib.util.find_spec("amp_C") is None:
         there = importlib.util.find_spec("apex") is not None
@@ -53,7 +53,13 @@ def fused_adam() -> Any:
             "the apex that is installed is not NVIDIA's, or was built without its CUDA extensions (no module amp_C). "
             "pip's apex is another project; uninstall it and build " if there else "apex is not installed; build ")
             + "https://github.com/NVIDIA/apex with --cpp_ext --cuda_ext, or take 'adamw'")
-    return importlib.import_module("apex.optimizers").FusedAdam
+    try:
+        importlib.import_module("amp_C")  # FusedAdam would only say so in its first step
+        return importlib.import_module("apex.optimizers").FusedAdam
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"train.optimizer='apex': it is installed and does not load ({error}). It was built for "
+                         "another PyTorch, or its parts are of two projects: uninstall it and build "
+                         "https://github.com/NVIDIA/apex again with --cpp_ext --cuda_ext, or take 'adamw'") from error
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -234,6 +234,13 @@ def test_apex_is_known_by_its_fused_modules(monkeypatch):
     with pytest.raises(ValueError, match="is not NVIDIA's.*amp_C.*pip's apex is another project; uninstall it"):
         fused_adam()
     found("apex", "amp_C")
+    with pytest.raises(ValueError, match="is installed and does not load .No module named 'amp_C'.*build"):
+        fused_adam()
+    monkeypatch.setitem(sys.modules, "amp_C", types.SimpleNamespace())
+    for name in ("apex", "apex.optimizers"):  # the registry's, beside extensions that NVIDIA's has left
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(__path__=[]))
+    with pytest.raises(ValueError, match="is installed and does not load .*FusedAdam.*parts are of two projects"):
+        fused_adam()
     monkeypatch.setitem(sys.modules, "apex.optimizers", types.SimpleNamespace(FusedAdam="the class"))
     assert fused_adam() == "the class"
     config = dataclasses.replace(SMALL.train, optimizer="apex")

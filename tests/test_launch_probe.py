@@ -273,7 +273,13 @@ def test_wandb_works_offline(tmp_path):
     for done, step in ((0, 1), (1, 2)):
         with Monitor(CONFIG, tmp_path, "offline", done) as monitor:
             monitor.step(step, {"loss": 3.0, "stages": {"forward": 0.5}})
+        if not done:
+            kept = (tmp_path / "wandb-id").read_text()
     name = (tmp_path / "wandb-id").read_text()
+    assert name == kept
     runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert runs and all(run.endswith(name) for run in runs), "one run, that went on"
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    (tmp_path / "wandb-id").write_text("")  # as a kill may leave it
+    with Monitor(CONFIG, tmp_path, "offline"):
+        assert (tmp_path / "wandb-id").read_text()

@@ -300,6 +300,21 @@ def test_the_command_explains_what_is_wrong(tmp_path, capsys, arguments, message
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content, message", [
+    (b"train.steps = ", "file.toml is no TOML file: Invalid value"),
+    (b"\xff\xfe[train]", "file.toml is no TOML file: 'utf-8'"),
+    (b"train = 3", "file.toml: train must be a table, which starts with the line [train]"),
+    (b"muse = 3", "file.toml: muse must be a table"),
+    (b"[[model]]", "file.toml: model must be a table"),
+])
+def test_a_file_that_is_none_is_named(tmp_path, capsys, content, message):
+    (tmp_path / "file.toml").write_bytes(content)
+    for more in ([], ["--steps", "3"]):
+        with pytest.raises(SystemExit) as stop:
+            command.main(["--config", str(tmp_path / "file.toml"), "--out", str(tmp_path), *more])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_no_gpu_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == CPU
