@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from launch.config import RunConfig
 from launch.corpus import Corpus
 from launch.engine import Engine, TorchEngine
+from launch.guard import Watchdog
 from launch.model import attention, held_out_losses, seconds, token_losses
 from launch.monitor import Silent
 from launch.ranks import Ranks
@@ -53,11 +55,13 @@ def received(counter: ByteCounter, steps: int) -> dict[str, int]:
     return {name: count // steps for name, count in counter.received.items()} if steps else {}
 
 
-def measure(engine: Engine, corpus: Corpus, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+def measure(engine: Engine, corpus: Corpus, config: RunConfig, ranks: Ranks, dog: Watchdog) -> dict[str, Any]:
     """Read the held-out tokens, and time forward and backward of a step, with the attention of the run.
 
     With `train.compare` also with the others; these run on one rank, each rank doing the same.
 
+    Args:
+        dog: is fed with every sequence and step.
     Returns:
         "loss" and "far_loss" (nats a token, over all positions and over those that have a far field), "step_seconds",
         "position_loss" (nats at every position), each by attention, "unigram_entropy" and "near_reach".
@@ -68,9 +72,9 @@ def measure(engine: Engine, corpus: Corpus, config: RunConfig, ranks: Ranks) -> 
     engine.read_with(trained)
     for name in ("muse", "exact", "near"):
         if name == trained:
-            losses, cost = _as_trained(engine, sequences, corpus, config, ranks)
+            losses, cost = _as_trained(engine, sequences, corpus, config, ranks, dog)
         elif config.train.compare:
-            losses, cost = _on_one_rank(engine, name, sequences, corpus, config)
+            losses, cost = _on_one_rank(engine, name, sequences, corpus, config, dog)
         else:
             continue
         results["loss"][name] = losses.mean().item()
@@ -82,23 +86,34 @@ def measure(engine: Engine, corpus: Corpus, config: RunConfig, ranks: Ranks) -> 
 
 
 def _as_trained(
-    engine: Engine, sequences: torch.Tensor, corpus: Corpus, config: RunConfig, ranks: Ranks
+    engine: Engine, sequences: torch.Tensor, corpus: Corpus, config: RunConfig, ranks: Ranks,
+    dog: Watchdog,
 ) -> tuple[torch.Tensor, float]:
     """Losses fp32 [count, n] of the held-out sequences, and the seconds of a step without its update."""
     split = ranks.split(config.data.context, config.muse.block) if ranks.size > 1 else None
     engine.module.eval()
-    losses = held_out_losses(engine.module, sequences, split, ranks)
+    losses = held_out_losses(_fed(engine.module, dog), sequences, split, ranks)
     batch = corpus.sequences(0, config.train.batch // ranks.replicas, config.train.seed)
-    return losses, seconds(lambda: engine.gradients(batch, Stopwatch(ranks.device)), ranks.device)
+    return losses, seconds(_fed(lambda: engine.gradients(batch, Stopwatch(ranks.device)), dog), ranks.device)
 
 
 def _on_one_rank(
-    engine: Engine, name: str, sequences: torch.Tensor, corpus: Corpus, config: RunConfig
+    engine: Engine, name: str, sequences: torch.Tensor, corpus: Corpus, config: RunConfig,
+    dog: Watchdog,
 ) -> tuple[torch.Tensor, float]:
     """The same with another attention, on this rank alone."""
-    read = partial(token_losses, engine.model)
+    read = _fed(partial(token_losses, engine.model), dog)
     batch = corpus.sequences(0, config.train.batch, config.train.seed)
     engine.model.eval()
     with attention(engine.model, name):
         losses = held_out_losses(read, sequences)
         return losses, seconds(lambda: read(batch).mean().backward(), engine.model.device)
+
+
+def _fed(function: Callable[..., Any], dog: Watchdog) -> Callable[..., Any]:
+    """The function, which tells `dog` of each call."""
+    def call(*arguments: Any) -> Any:
+        dog.feed("the measuring at the end")
+        return function(*arguments)
+
+    return call

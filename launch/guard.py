@@ -112,7 +112,7 @@ class Watchdog:
     """Prints the stack of every thread and ends the process if it is not fed for `seconds`.
 
     A rank that waits for another in a collective sits in C code. The thread here prints as long as Python runs;
-    faulthandler's own, which needs no Python, follows `reserve` seconds later.
+    faulthandler's own, which needs no Python, follows `reserve` seconds later. A context manager: leaving it stops it.
     """
 
     def __init__(self, seconds: float, rank: int, reserve: float = 10.0) -> None:
@@ -128,6 +128,13 @@ class Watchdog:
         self._timer = threading.Timer(self.seconds, self._bark)
         self._timer.daemon = True
         self._timer.start()
+
+    def __enter__(self) -> Watchdog:
+        """It counts from the first `feed` on."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def stop(self) -> None:
         """Nothing is expected any more."""

@@ -26,7 +26,7 @@ from launch.compare import compare_first_steps, measure, received
 from launch.config import RunConfig
 from launch.corpus import Corpus, load_corpus
 from launch.engine import make_engine
-from launch.guard import StopSignal, only_run
+from launch.guard import StopSignal, Watchdog, only_run
 from launch.metrics import read_metrics
 from launch.monitor import Monitor, Silent, Wandb
 from launch.options import add_run_options, pick_device, run_changes
@@ -113,7 +113,8 @@ class _Run:
                 (self.folder / FINISHED).touch()
                 print(f"{self.folder} is finished after {self.done} steps. --steps takes more, --fresh starts again")
             return 0
-        with self.trainer.monitor as monitor:
+        dog = Watchdog(self.config.train.timeout, self.ranks.world_rank)  # for what comes after the last step
+        with self.trainer.monitor as monitor, dog:
             self._say_hello(monitor)
             ended = self.trainer.run(stop=stop)
             monitor.close_bar()
@@ -122,8 +123,10 @@ class _Run:
             if not ended:
                 monitor.say(f"stopped by SIGTERM after step {self.trainer.step}; the same command goes on")
                 return 0
-            results = measure(self.engine, self.corpus, self.config, self.ranks)
+            results = measure(self.engine, self.corpus, self.config, self.ranks, dog)
             monitor.summary(results["loss"])
+            dog.feed("the writing of the model")
+            self.engine.save_model(self.folder / "model")
         self._report(results)
         return 0
 
@@ -135,9 +138,8 @@ class _Run:
                     + ("" if self.done is None else f"; going on after step {self.done}"))
 
     def _report(self, results: dict[str, Any]) -> None:
-        """Write the model on all ranks, the rest on one."""
+        """Write what there is beside the model, on one rank."""
         config = self.config
-        self.engine.save_model(self.folder / "model")
         if not self.ranks.first:
             return
         rows = read_metrics(self.folder / "metrics.jsonl")

@@ -321,3 +321,20 @@ def test_a_rank_that_hangs_shows_its_stack_and_ends(case):
     printed = run.outputs[0].read_text()
     for part in ("rank 0: no progress for 4 s in step", "trainer.py", "most recent call first"):
         assert part in printed
+
+
+def test_a_rank_that_hangs_after_the_last_step_ends_the_run_too(case):
+    run = case.start(2, "--steps", "2", "--set", "train.timeout=4", "data.held_out_sequences=100000")
+    case.wait_for_steps(run, 2)
+    deadline = time.monotonic() + 60
+    while not case.checkpoints() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(1)
+    run.kill(1, signal.SIGSTOP)
+    frozen = time.monotonic()
+    while run.poll()[0] is None and time.monotonic() < frozen + 60:
+        time.sleep(0.05)
+    run.kill(1)
+    assert run.wait()[0] == 70, run.output()
+    printed = run.outputs[0].read_text()
+    assert "rank 0: no progress for 4 s in the measuring at the end" in printed and "compare.py" in printed
