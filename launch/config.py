@@ -58,7 +58,8 @@ class TrainConfig:
     and optimizer state over all ranks (FSDP2), `recompute` keeps no activations inside layers, and `micro_batch`
     sequences (0: all of them) go through the model at a time.
     `engine` runs the steps: "torch", "deepspeed", whose settings are in the table [deepspeed], or "megatron".
-    `attention` is "muse" or "exact"; the first `exact_first` of the steps (a fraction) use exact attention either way.
+    `attention` is "muse" or "exact"; the first `exact_first` of the steps (a fraction) use exact attention either way,
+    and once MuSe has taken over, it stays when the run goes on with more steps.
     A step whose loss or gradient is no number, or whose loss lies `spike` nats above the median of the last 32 (0: no
     such check), stops the run, or with `bad_step` = "skip" is left out, at most `max_skipped` in a row. A rank that
     gets no further for `timeout` seconds prints what it is waiting for and ends.

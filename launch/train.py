@@ -157,10 +157,18 @@ class _Run:
 def _open(folder: Path, fresh: bool) -> None:
     (folder / FINISHED).unlink(missing_ok=True)
     for path in [found for name in LEFT_BEHIND for found in folder.glob(name)] if fresh else ():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A file, or a folder with all that is in it; of a link to a folder on another disk, all that is in that one."""
+    if path.is_symlink() and path.is_dir():
+        for inner in path.iterdir():
+            _remove(inner)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _check_results(folder: Path, done: int | None) -> None:

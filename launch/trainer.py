@@ -49,6 +49,7 @@ class Trainer:
         self.step = 0  # steps behind
         self.sequences = 0  # sequences read, of all ranks: the position in the data
         self.saved: int | None = None  # step of the last checkpoint asked for
+        self.exact_steps = config.train.exact_steps
         self._received = 0
 
     def resume(self, step: int) -> None:
@@ -67,6 +68,9 @@ class Trainer:
         self.engine.go_on(state["updates"])
         self.guard = LossGuard(self.config.train, **state["guard"])
         self.step, self.sequences, self.saved = step, state["sequences"], step
+        warmed_up = state.get("exact_steps", self.exact_steps)
+        if self.config.train.attention == "muse" and step > warmed_up:
+            self.exact_steps = min(self.exact_steps, warmed_up)  # more steps do not bring the warm-up back
         self.checkpoints.discard_after(step)
 
     def run(self, until: int | None = None, stop: StopSignal | None = None) -> bool:
@@ -109,7 +113,7 @@ class Trainer:
         self.monitor.sync()
         state = {"step": self.step, "sequences": self.sequences, "updates": self.engine.updates,
                  "data": self.corpus.fingerprint(), "seed": self.config.train.seed, "guard": self.guard.state(),
-                 "ranks": self.ranks.world, "context_parallel": self.ranks.size}
+                 "exact_steps": self.exact_steps, "ranks": self.ranks.world, "context_parallel": self.ranks.size}
         start = time.perf_counter()
         self._warn(self.checkpoints.save(self.step, self.engine.tensors(), state))
         self.watch.add("checkpoint", time.perf_counter() - start)
@@ -128,7 +132,7 @@ class Trainer:
         """One step. Returns the next batch, and whether any rank was asked to stop or could not read."""
         start = time.perf_counter()
         number = self.step + 1
-        self.engine.read_with("exact" if number <= self.config.train.exact_steps else "muse")
+        self.engine.read_with("exact" if number <= self.exact_steps else "muse")
         share = self.engine.gradients(batch, self.watch)
         with self.watch("data"):  # while a GPU works on this step
             following = self._read(last, 1)
@@ -170,7 +174,7 @@ class Trainer:
         """What a step cost."""
         config, device = self.config, self.ranks.device
         tokens = config.train.batch * config.data.context
-        exact = self.step <= config.train.exact_steps
+        exact = self.step <= self.exact_steps
         received, self._received = self.counter.total() - self._received, self.counter.total()
         found = {"seconds": seconds, "tokens_per_second": tokens / seconds,
                  "first_sequence": self.sequences - config.train.batch,
