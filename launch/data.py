@@ -19,6 +19,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,23 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _encode_all(units: list[Unit], encoding: Encoding, parts: Path, workers: int) -> Iterator[int]:
-    """Make all parts. Yields the bytes of each unit, in order; parts that are there already cost nothing."""
+    """Make all parts. Yields the bytes of each unit, in order; parts that are there already cost nothing.
+
+    Raises:
+        ChildProcessError: a process was killed.
+    """
     numbers, same, where = range(len(units)), [encoding] * len(units), [parts] * len(units)
     if workers == 1 or len(units) == 1:
         yield from map(encode_unit, numbers, units, same, where)
         return
     # Started anew, not forked: the tokenizer's threads do not survive a fork.
     with ProcessPoolExecutor(min(workers, len(units)), multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(encode_unit, numbers, units, same, where)
+        try:
+            yield from pool.map(encode_unit, numbers, units, same, where)
+        except BrokenProcessPool as error:
+            raise ChildProcessError("one of the processes was killed, as the system does when memory runs out: take "
+                                    f"fewer than --workers {workers}. The same command keeps the finished pieces"
+                                    ) from error
 
 
 def _encoding(options: argparse.Namespace, units: list[Unit]) -> Encoding:

@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import signal
 import struct
 
 import numpy as np
@@ -209,6 +210,19 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     for name in ("train.bin", "train.idx", "held_out.bin", "held_out.idx"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "out" / "parts").exists()
+
+
+def dies(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_said_with_what_helps(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS * 20))
+    monkeypatch.setattr(data_sources, "UNIT", 3000)
+    monkeypatch.setattr(command, "encode_unit", dies)
+    with pytest.raises(SystemExit):
+        command.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--workers", "2"])
+    assert "processes was killed" in (said := capsys.readouterr().err) and "fewer than --workers 2" in said
 
 
 def test_a_part_of_other_input_is_made_again(tmp_path):
