@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +30,7 @@ from launch.corpus import VOCABULARY
 from launch.data_encode import Encoding, byte_encoding, encode_unit, file_encoding, train_tokenizer
 from launch.data_join import join_parts
 from launch.data_sources import Unit, list_units
+from launch.guard import only_run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,15 +69,21 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--train-bytes {options.train_bytes}: must be at least 1")
     units, skipped = list_units(options.input, tuple(options.suffix))
     parts = options.out / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    encoding = _encoding(options, units)
+    with only_run(options.out, "--out"):
+        parts.mkdir(exist_ok=True)
+        encoding = _encoding(options, units)
+        _show(units, _encode_all(units, encoding, parts, options.workers))
+        return join_parts(options.out, parts, len(units), encoding, options.held_out_every, skipped)
+
+
+def _show(units: list[Unit], sizes: Iterator[int]) -> None:
+    """Take the bytes of each unit as they are done: a bar, or a line every tenth of them where there is no terminal."""
     with tqdm(total=sum(unit.size for unit in units), unit="B", unit_scale=True, desc="tokens", file=sys.stdout,
               disable=not sys.stdout.isatty()) as bar:
-        for done, size in enumerate(_encode_all(units, encoding, parts, options.workers), 1):
+        for done, size in enumerate(sizes, 1):
             bar.update(size)
             if bar.disable and (done * 10 // len(units) > (done - 1) * 10 // len(units)):
                 print(f"{done} of {len(units)} pieces of the input", flush=True)
-    return join_parts(options.out, parts, len(units), encoding, options.held_out_every, skipped)
 
 
 def _encode_all(units: list[Unit], encoding: Encoding, parts: Path, workers: int) -> Iterator[int]:
@@ -89,13 +97,25 @@ def _encode_all(units: list[Unit], encoding: Encoding, parts: Path, workers: int
         yield from map(encode_unit, numbers, units, same, where)
         return
     # Started anew, not forked: the tokenizer's threads do not survive a fork.
-    with ProcessPoolExecutor(min(workers, len(units)), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(workers, len(units)), multiprocessing.get_context("spawn"), _end_with_parent) as pool:
         try:
             yield from pool.map(encode_unit, numbers, units, same, where)
         except BrokenProcessPool as error:
             raise ChildProcessError("one of the processes was killed, as the system does when memory runs out: take "
                                     f"fewer than --workers {workers}. The same command keeps the finished pieces"
                                     ) from error
+
+
+def _end_with_parent() -> None:
+    """Have this process end when the one that started it was killed: it would wait for more work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _encoding(options: argparse.Namespace, units: list[Unit]) -> Encoding:

@@ -102,12 +102,14 @@ def encode_unit(number: int, unit: Unit, encoding: Encoding, folder: Path) -> in
     lengths: list[int] = []
     counts: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
-    with data.with_suffix(".bin.partial").open("wb") as file:
+    partial = data.with_suffix(f".bin.{os.getpid()}.partial")  # of no process but this one
+    with partial.open("wb") as file:
         for tokens in encode(_good(read_unit(unit, encoding.key), counts, examples)):
             np.append(tokens, encoding.separator).astype(dtype).tofile(file)
             lengths.append(len(tokens) + 1)
-    data.with_suffix(".bin.partial").replace(data)
-    partial = about.with_suffix(".json.partial")
+    about.unlink(missing_ok=True)  # of other input
+    partial.replace(data)
+    partial = about.with_suffix(f".json.{os.getpid()}.partial")
     partial.write_text(json.dumps({"made_of": name, "lengths": lengths, "bad": dict(counts), "examples": examples}))
     partial.replace(about)
     return unit.size

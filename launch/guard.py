@@ -45,9 +45,11 @@ class StopSignal:
 
 
 @contextmanager
-def only_run(folder: Path) -> Iterator[None]:
+def only_run(folder: Path, option: str = "--name") -> Iterator[None]:
     """Keep other runs out of a folder, which need not be there yet. The system lets go when this process dies.
 
+    Args:
+        option: of the command line, with which another folder can be taken.
     Raises:
         ValueError: another run is in it.
     """
@@ -58,7 +60,7 @@ def only_run(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             raise ValueError(f"{folder} is in use by another run, {file.read().strip() or 'which is just starting'}: "
-                             "wait until it has ended, or take another --name") from error
+                             f"wait until it has ended, or take another {option}") from error
         except OSError as error:  # some network file systems have none
             print(f"warning: {folder} cannot be locked ({error.strerror}): see that no other run writes to it",
                   flush=True)

@@ -2,7 +2,6 @@
 import gzip
 import json
 import os
-import signal
 import struct
 
 import numpy as np
@@ -212,19 +211,6 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "parts").exists()
 
 
-def dies(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_process_is_said_with_what_helps(tmp_path, monkeypatch, capsys):
-    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS * 20))
-    monkeypatch.setattr(data_sources, "UNIT", 3000)
-    monkeypatch.setattr(command, "encode_unit", dies)
-    with pytest.raises(SystemExit):
-        command.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--workers", "2"])
-    assert "processes was killed" in (said := capsys.readouterr().err) and "fewer than --workers 2" in said
-
-
 def test_a_part_of_other_input_is_made_again(tmp_path):
     source, parts = tmp_path / "a.jsonl", tmp_path / "parts"
     parts.mkdir()
@@ -329,7 +315,7 @@ def test_tokens_of_which_none_are_held_out_are_refused_and_not_lost(tmp_path, ca
         command.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
     assert "--held-out-every 100: there are 10 documents" in (said := capsys.readouterr().err)
     assert "take at most 10" in said
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["parts"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["lock", "parts"]
     assert make(tmp_path / "out", tmp_path / "a.jsonl")["held_out"]["documents"] == 2
 
 
