@@ -159,8 +159,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _at_least(self, context=2, held_out_every=2, held_out_sequences=1)
         if self.path and self.held_out_every != DataConfig.held_out_every:
-            raise ValueError(f"data.held_out_every={self.held_out_every} is not read with data.path: what is held out of "
-                             "token files was decided by --held-out-every of launch.data; leave it out")
+            raise ValueError(f"data.held_out_every={self.held_out_every} is not read with data.path: what token "
+                             "files hold out was decided by --held-out-every of launch.data; leave it out")
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_settings_survive_writing_and_overrides_win(tmp_path):
     ("[deepspeed]\nstage = 3", ValueError, "train.engine='torch' does not read"),
     ("[model]\nheads = 3", ValueError, "model.width=128 must be heads=3 times an even head dim"),
     ("[model]\nheads = 4\nkv_heads = 3", ValueError, "model.kv_heads=3 must divide heads=4"),
-    ("[data]\npath = 'tokens'\nheld_out_every = 5", ValueError, "held_out_every=5 is not read with data.path.*leave it"),
+    ("[data]\npath = 'tokens'\nheld_out_every = 5", ValueError, "held_out_every=5 is not read with data.path.*leave"),
     ("[data]\nheld_out_every = 1", ValueError, "data.held_out_every=1 must be at least 2"),
     ("[train]\noptimizer = 'sgd'", ValueError, "train.optimizer='sgd' must be one of adamw, apex"),
     ("[train]\nexact_first = 1.5", ValueError, "train.exact_first=1.5 is a fraction"),
