@@ -24,8 +24,8 @@ MOVES = (6, 10)
 # Tensors of q's size, and as many of k's, that CUDA graphs are given or give away, forward and backward; on one device
 # the choice of leaves is a graph of its own. Each copy reads and writes.
 COPIES, COPIES_ALONE = (2, 4), (3, 4)
-# Exchanges of a layer, forward and backward. Around each, tensors are packed, cut and joined, and kernels come in smaller
-# parts, which a profile of two ranks shows: what that costs an exchange is found in measured rows.
+# Exchanges of a layer, forward and backward. Around each, tensors are packed, cut and joined, and kernels come in
+# smaller parts, as a profile of two ranks shows: what that costs an exchange is found in measured rows.
 EXCHANGES = {"moments": (3, 2), "kv": (2, 2), "exact": (1, 2)}
 # The host's time to start a layer's kernels, which run beside it: a layer takes whichever is longer.
 STARTS = ("start exact", "start", "start ranks", "start replay")
