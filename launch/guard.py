@@ -60,7 +60,8 @@ def only_run(folder: Path, option: str = "--name") -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             raise ValueError(f"{folder} is in use by another run, {file.read().strip() or 'which is just starting'}: "
-                             f"wait until it has ended, or take another {option}") from error
+                             f"wait until it has ended, take another {option}, or remove {folder / 'lock'} if its host "
+                             "is gone and the file system does not know") from error
         except OSError as error:  # some network file systems have none
             print(f"warning: {folder} cannot be locked ({error.strerror}): see that no other run writes to it",
                   flush=True)

@@ -74,4 +74,4 @@ def test_a_second_command_for_the_folder_is_refused(running, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
     said = capsys.readouterr().err
-    assert f"is in use by another run, process {process.pid} on " in said and "or take another --out" in said
+    assert f"is in use by another run, process {process.pid} on " in said and "take another --out" in said
