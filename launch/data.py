@@ -4,8 +4,8 @@ INPUT is a text file, a file of JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) or a 
 keep their order: files of one directory stay side by side, so that long contexts see what belongs together. FOLDER gets
 train.bin, train.idx, held_out.bin and held_out.idx, in Megatron's indexed format, the tokenizer, and data.json, with
 counts, with what was no text, and with what was skipped: hidden files and folders, broken links, links to folders,
-files of other suffixes than --suffix, and what is no regular file. Started again after an interruption, the command
-goes on.
+files of other suffixes than --suffix, and what is no regular file. Special tokens that a document spells out are text.
+Started again after an interruption, the command goes on.
 
     python -m launch.data src/ --out tokens --tokenizer bpe --vocabulary 16384
     python -m launch.train --config configs/30m.toml --data tokens

@@ -164,4 +164,5 @@ def _tokenizer(path: Path) -> Any:
     # Files of models that were published often say how to cut and fill a batch: here that would lose and add text.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # what a document spells out is text: only its real end becomes its token
     return tokenizer

@@ -57,3 +57,16 @@ def test_tokens_whose_numbers_have_gaps_keep_them(tmp_path):
     about = make(tmp_path / "out", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "words.json")
     assert (about["vocabulary"], about["dtype"], about["separator"]) == (70_001, "int32", 70_000)
     assert IndexedTokens(tmp_path / "out" / "train").read(0, 6).tolist() == [1, 2, 70_000] * 2
+
+
+def test_an_end_that_a_document_spells_out_is_text(tmp_path):
+    """Sources of tokenizers have it, and it must not end the document there."""
+    source = tmp_path / "a.jsonl"
+    texts = [f"stop at {data_encode.END} or not, {number}" for number in range(40)]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    about = make(tmp_path / "out", source, "--tokenizer", "bpe", "--vocabulary", "300")
+    tokens = IndexedTokens(tmp_path / "out" / "train", about["vocabulary"])
+    found = tokens.read(0, len(tokens)).tolist()
+    assert found.count(about["separator"]) == about["train"]["documents"]
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert tokenizer.decode(found[:tokens.starts[1] - 1], skip_special_tokens=False) in texts
