@@ -57,8 +57,8 @@ def fused_adam() -> Any:
         importlib.import_module("amp_C")  # FusedAdam would only say so in its first step
         return importlib.import_module("apex.optimizers").FusedAdam
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"train.optimizer='apex': it is installed and does not load ({error}). It was built for "
-                         "another PyTorch, or its parts are of two projects: uninstall it and build "
+        raise ValueError(f"train.optimizer='apex': it is installed and does not load ({error}), as when it was built "
+                         "for another PyTorch, or its parts are of two projects; uninstall it and build "
                          "https://github.com/NVIDIA/apex again with --cpp_ext --cuda_ext, or take 'adamw'") from error
 
 

@@ -79,7 +79,7 @@ def test_twins_have_equal_signatures(name):
 
 def test_backends_have_the_same_functions():
     assert set(triton_blocks.__all__) == set(plain_blocks.__all__)
-    assert len(FUNCTIONS) == 18
+    assert len(FUNCTIONS) == 20
 
 
 # Head dim, key/value heads of two, tokens.

@@ -79,10 +79,13 @@ def test_an_engine_that_cannot_run_here_is_a_problem(engine, ranks, words, mend,
     ("cuda", ("apex", "amp_C"), {"shard": True}, "does not know sharded weights", "take 'adamw'"),
     ("cuda", (), {}, "apex is not installed", "build https://github.com/NVIDIA/apex"),
     ("cuda", ("apex",), {}, "is not NVIDIA's", "uninstall it and build https"),
+    ("cuda", ("apex", "amp_C", "broken"), {}, "is installed and does not load", "uninstall it and build https"),
     ("cuda", ("apex", "amp_C"), {}, "", "")])
 def test_an_optimizer_that_cannot_run_here_is_a_problem(device, there, changes, words, mend, monkeypatch):
     """In launch.train's own words: both ask one function."""
+    broken = "broken" in there
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setitem(sys.modules, "amp_C", None if broken else types.SimpleNamespace())
     monkeypatch.setitem(sys.modules, "apex.optimizers", types.SimpleNamespace(FusedAdam="the class"))
     config = changed("train", optimizer="apex", attention="exact", **changes)
     found = check_settings(config, replace(TWO, device=torch.device(device)))
