@@ -44,14 +44,16 @@ def traffic(
     batch, heads, kv_heads, tokens, dim = shape
     local = tokens // ranks
     kv = 2 * batch * kv_heads * local * dim * dtype.itemsize
-    everyone = (ranks - 1) * padded(kv)
+    everyone = (ranks - 1) * 2 * padded(kv // 2)
+    chunks = described.chunks_per_rank  # gradients travel chunk by chunk
+    gradients = (ranks - 1) * 2 * chunks * padded(kv // 2 // chunks)
     orders = (ranks - 1) * padded(batch * kv_heads * local * torch.int32.itemsize)
     if not has_far_field(tokens, config):
         orders = 0
     swapped = (ranks - 1) * batch * (2 * heads + 2 * kv_heads) * local * dim * dtype.itemsize // ranks
     return Traffic(
         moments=_moments(config, shape, described, dtype, rank),
-        kv={"keys and values": 2 * everyone, "key order": orders, "keys and values gradients": everyone},
+        kv={"keys and values": 2 * everyone, "key order": orders, "keys and values gradients": gradients},
         ring={"forward": (ranks - 1) * kv, "backward": (2 * ranks - 1) * kv if ranks > 1 else 0},
         ulysses={"forward": swapped, "backward": swapped})
 

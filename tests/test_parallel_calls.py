@@ -242,6 +242,9 @@ def test_predicted_traffic_is_what_goes_over_the_wire(ranks, exchange):
                   heads=4, kv_heads=2 - place % 2,
                   dtype=[torch.float32, torch.bfloat16, torch.float64, torch.float32][place])
              for place, changes in enumerate(settings) for layout in ("contiguous", "zigzag")]
+    tiny = small(exchange=exchange, block=2, leaf=1, group=1, anchors=1, remote_leaf=1)
+    cases += [Case(tiny, 4 * ranks, layout, heads=2, kv_heads=1, dim=dim, dtype=torch.float16)
+              for layout in ("contiguous", "zigzag") for dim in (1, 3)]  # every tensor is padded
     found = run_ranks(ranks, count_bytes, cases)
     for rank, results in enumerate(found):
         for case, (handed, counted) in zip(cases, results, strict=True):
