@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
-POINTS_APART = 5.0  # from which ratio of the largest to the smallest on an axis is logarithmic
+POINTS_APART = 5.0  # an axis whose largest value is more than so many times its smallest is logarithmic
 AVERAGED = 20  # losses are shown as means of such a part of the steps: batches differ more than attentions do
 
 
@@ -193,8 +193,8 @@ def _difference_series(rows: Sequence[Row]) -> Series:
 
 def _batches(row: Row) -> tuple[Any, ...]:
     """Runs with this in common read the same tokens in the same steps, at the same learning rates."""
-    train = row["config"]["train"]
-    return (row["parameters"], row["context"], row["ranks"], row["tokens"], len(row["losses"]),
+    train, data = row["config"]["train"], row["config"]["data"]
+    return (row["parameters"], row["context"], row["ranks"], row["tokens"], len(row["losses"]), data["path"],
             *(train.get(name) for name in ("seed", "lr", "warmup")))
 
 

@@ -248,11 +248,12 @@ def test_slots_are_gpus_of_their_own(monkeypatch):
     assert slots(gpu, 8, 4) == [{}] and slots(torch.device("cpu"), 8, 3) == [{}] * 3
 
 
-def made(model="a", context=1024, ranks=1, attention="muse", speed=100.0, **more):
+def made(model="a", context=1024, ranks=1, attention="muse", speed=100.0, seed=0, path="tokens", **more):
     return {"model": model, "context": context, "ranks": ranks, "attention": attention, "tokens": context,
             "seconds": context / speed, "tokens_per_second": speed, "memory_bytes": 2 ** 30, "received_bytes": 2 ** 20,
             "losses": [3.0, 2.5], "held_out": None, "device": "made up", "torch": "2", "side_by_side": 1,
-            "parameters": len(model), "config": {"train": {"batch": 1, "seed": 0, "lr": 1.0, "warmup": 0}}, **more}
+            "parameters": len(model), **more,
+            "config": {"train": {"batch": 1, "seed": seed, "lr": 1.0, "warmup": 0}, "data": {"path": path}}}
 
 
 def test_strong_and_weak_scaling_compare_what_belongs_together(tmp_path):
@@ -277,7 +278,7 @@ def test_losses_are_averaged_and_compared_with_exact_attention_on_the_same_token
     exact = [10.0 - 0.1 * step for step in range(40)]
     rows = [made(attention="exact", losses=exact), made(losses=[x + 0.5 for x in exact], held_out=1.23456),
             made(model="b", losses=[x - 0.25 for x in exact]), made(context=2048, losses=exact),
-            made(losses=exact, model="c", config={"train": {"batch": 1, "seed": 1, "lr": 1.0, "warmup": 0}})]
+            made(losses=exact, model="c", seed=1), made(losses=exact, model="d", path="other")]
     found = PLOTS["difference"].series(rows)
     assert [line.group for line in found] == ["a, 1024 tokens, 1 rank(s)", "b, 1024 tokens, 1 rank(s)"]
     for points, gap in zip(found.values(), (0.5, -0.25)):
