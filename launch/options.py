@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from launch.config import parse_changes
+from launch.metrics import strict_json
 from launch.ranks import Ranks, join_ranks
 from muse_dist import MuseConfig
 
@@ -121,7 +122,7 @@ def write_line(path: Path, row: dict[str, Any]) -> None:
     """Append a JSON line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(strict_json(row) + "\n")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -92,6 +93,8 @@ def read_done(path: Path) -> dict[Job, Row]:
         try:
             row = json.loads(line)
             rows[Job(row["model"], row["context"], row["ranks"], row["attention"])] = row
+            if "losses" in row:  # null where a step that was left out had none
+                row["losses"] = [math.nan if loss is None else loss for loss in row["losses"]]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: is no row of launch.scaling; move the file away") from error
     return rows

@@ -1,10 +1,11 @@
 """Tables and plots of a scaling sweep."""
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from launch.metrics import strict_json
 
 Row = dict[str, Any]
 POINTS_APART = 5.0  # an axis whose largest value is more than so many times its smallest is logarithmic
@@ -51,7 +52,7 @@ def write_report(rows: Sequence[Row], page: Path) -> str:
         parts += ["", "## Failed", "", _markdown(["run", "reason"], [[_label(row), row["failed"]] for row in bad])]
     text = "\n".join(parts) + "\n"
     page.write_text(text + "".join(f"\n![{path.stem}]({path.name})\n" for path in plots))
-    page.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page.with_suffix(".jsonl").write_text("".join(strict_json(row) + "\n" for row in rows))
     return text
 
 

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import flops, probe
+from launch import flops, probe, scaling
 from launch.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from launch.engine import TorchEngine
 from launch.metrics import MetricsFile, read_metrics
 from launch.monitor import Monitor, flat
+from launch.options import write_line
 from launch.probe import probe_layers, sampled_layers
 from launch.ranks import Ranks
 from launch.timing import Stopwatch
@@ -244,9 +245,17 @@ def test_what_is_no_number_is_null_in_lines(tmp_path):
     assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["loss"])
 
 
+def test_rows_of_a_sweep_are_strict_json_and_come_back_as_they_were(tmp_path):
+    row = {"model": "a", "context": 1, "ranks": 1, "attention": "muse", "losses": [3.0, math.nan, 2.0]}
+    write_line(tmp_path / "rows.jsonl", row)
+    assert "NaN" not in (tmp_path / "rows.jsonl").read_text()
+    (found,) = scaling.read_done(tmp_path / "rows.jsonl").values()
+    assert repr(found) == repr(row)
+
+
 def test_lines_that_are_damaged_or_gone_are_counted_and_the_others_stay(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\xfe\n[1]\n7\n{"step": 4, "loss": 1.0}\n')
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\xfe\n[1]\n7\n{"step": "x"}\n{"step": 4, "loss": 1.0}\n')
     with Monitor(CONFIG, tmp_path, done=4) as monitor:
         monitor.step(5, {"loss": 0.5})
     assert [row["step"] for row in read_metrics(path)] == [1, 4, 5]
