@@ -10,6 +10,7 @@ import socket
 import statistics
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,18 +46,19 @@ class StopSignal:
 
 
 @contextmanager
-def only_run(folder: Path, option: str = "--name") -> Iterator[None]:
+def only_run(folder: Path, option: str = "--name", patience: float = 0.0) -> Iterator[None]:
     """Keep other runs out of a folder, which need not be there yet. The system lets go when this process dies.
 
     Args:
         option: of the command line, with which another folder can be taken.
+        patience: seconds to wait for one that may just be ending.
     Raises:
         ValueError: another run is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file.fileno(), patience)
         except BlockingIOError as error:
             file.seek(0)
             raise ValueError(f"{folder} is in use by another run, {file.read().strip() or 'which is just starting'}: "
@@ -69,6 +71,19 @@ def only_run(folder: Path, option: str = "--name") -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _lock(file: int, patience: float) -> None:
+    """Lock an open file for this process; BlockingIOError if another still has it after `patience` seconds."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.2)
 
 
 class LossGuard:
@@ -151,6 +166,6 @@ class Watchdog:
         assert file is not None
         print(f"rank {self.rank}: no progress for {self.seconds:g} s in {self._what}. Where each thread is:", file=file)
         faulthandler.dump_traceback(file=file, all_threads=True)
-        print(f"rank {self.rank} ends here. A rank whose stack is not in an exchange is the one the others wait for.",
-              file=file, flush=True)
+        print(f"rank {self.rank} ends here. A rank whose stack is not in an exchange is the one the others wait for. "
+              "If all were at work, take a longer train.timeout.", file=file, flush=True)
         os._exit(HUNG)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shutil
 import sys
 import warnings
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         with (join_ranks(device, config.layout, settings.context_parallel, settings.timeout + 60) as ranks,
               ExitStack() as held):
             try:
-                ranks.on_first(lambda: held.enter_context(only_run(options.out / config.name)))
+                ranks.on_first(lambda: held.enter_context(only_run(options.out / config.name, patience=_patience())))
                 run = _Run(config, corpus, ranks, options)
             except (OSError, ValueError) as error:
                 parser.error(str(error))
@@ -152,6 +153,12 @@ class _Run:
         write_report(results, self.folder)
         (self.folder / FINISHED).touch()
         print(f"\n{table(results)}\n\nplots, results and model: {self.folder}")
+
+
+def _patience() -> float:
+    """Seconds that a run waits for its folder. One that torchrun starts again may come before a network file system
+    knows that the host of the one before is gone."""
+    return 120.0 if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else 0.0
 
 
 def _open(folder: Path, fresh: bool) -> None:

@@ -7,19 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
+from contextlib import ExitStack
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from launch import storage
+from launch import storage, train
 from launch.checkpoint import Checkpoints
 from launch.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
 from launch.corpus import load_corpus
 from launch.engine import TorchEngine
-from launch.guard import WINDOW, LossGuard, StopSignal
+from launch.guard import WINDOW, LossGuard, StopSignal, only_run
 from launch.monitor import Silent
 from launch.optimizer import fused_adam, make_optimizer, set_steps
 from launch.ranks import Ranks
@@ -254,3 +256,20 @@ def test_an_optimizer_that_counts_by_group_is_told_its_steps():
     optimizer = types.SimpleNamespace(param_groups=[{"lr": 1.0, "step": 0}, {"lr": 1.0}])
     set_steps(optimizer, 7)
     assert optimizer.param_groups == [{"lr": 1.0, "step": 7}, {"lr": 1.0}]
+
+
+def test_a_folder_is_waited_for_if_its_run_may_just_be_ending(tmp_path, monkeypatch):
+    with ExitStack() as other:
+        other.enter_context(only_run(tmp_path))
+        with (pytest.raises(ValueError, match="is in use by another run, process .* take another --out"),
+              only_run(tmp_path, "--out")):
+            pass
+        timer = threading.Timer(0.5, other.close)
+        timer.start()
+        begun = time.monotonic()
+        with only_run(tmp_path, patience=30.0):
+            assert 0.4 < time.monotonic() - begun < 20
+        timer.join()
+    assert train._patience() == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun started the processes again
+    assert train._patience() > 90, "NFS takes up to a minute and a half to let go of a dead host's lock"
