@@ -53,8 +53,8 @@ def _launch(x: Tensor, rows: Tensor, order: Tensor, how: tl.constexpr) -> None:
     tiles = ceil_div(size, rows_a_tile)
     _copy[(batch * groups * blocks * tiles,)](
         place, rows.contiguous(), order.contiguous(), place.stride(0), place.stride(1), place.stride(2) // dim, groups,
-        blocks, tokens, tiles,
-        BLOCK=size // heads, SIZE=size, DIM=dim, DIM_PAD=wide, ROWS=rows_a_tile, HOW=how, num_warps=4)
+        blocks, tokens, tiles, BLOCK=size // heads, SIZE=size, DIM=dim, DIM_PAD=wide, ROWS=rows_a_tile, HOW=how,
+        num_warps=4)
 
 
 def _whole_rows(x: Tensor) -> bool:

@@ -86,8 +86,7 @@ def measure(engine: Engine, corpus: Corpus, config: RunConfig, ranks: Ranks, dog
 
 
 def _as_trained(
-    engine: Engine, sequences: torch.Tensor, corpus: Corpus, config: RunConfig, ranks: Ranks,
-    dog: Watchdog,
+    engine: Engine, sequences: torch.Tensor, corpus: Corpus, config: RunConfig, ranks: Ranks, dog: Watchdog
 ) -> tuple[torch.Tensor, float]:
     """Losses fp32 [count, n] of the held-out sequences, and the seconds of a step without its update."""
     split = ranks.split(config.data.context, config.muse.block) if ranks.size > 1 else None
@@ -98,8 +97,7 @@ def _as_trained(
 
 
 def _on_one_rank(
-    engine: Engine, name: str, sequences: torch.Tensor, corpus: Corpus, config: RunConfig,
-    dog: Watchdog,
+    engine: Engine, name: str, sequences: torch.Tensor, corpus: Corpus, config: RunConfig, dog: Watchdog
 ) -> tuple[torch.Tensor, float]:
     """The same with another attention, on this rank alone."""
     read = _fed(partial(token_losses, engine.model), dog)

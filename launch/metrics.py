@@ -4,8 +4,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+AVERAGED = 20  # losses are shown as means of such a part of the steps: batches differ more than attentions do
 
 
 class MetricsFile:
@@ -72,6 +77,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows
+
+
+def averages(values: Sequence[float] | np.ndarray) -> tuple[int, list[float]]:
+    """(n, the means of every n values in a row) for n = 1/`AVERAGED` of them; the first mean ends at value n."""
+    window = max(len(values) // AVERAGED, 1)
+    return window, np.convolve(values, np.ones(window) / window, "valid").tolist() if len(values) else []
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:

@@ -12,7 +12,7 @@ BUCKETS = 2 * 4.0 * 500_000_000  # bytes of gradients that ZeRO 1 and 2 collect:
 OPTIMIZER_BYTES = 40  # read and written of a parameter in a step: 12 to clip its gradient, 28 by AdamW
 LOGIT_BYTES = 12  # of a logit while its loss is computed: bf16 and fp32, and the gradients of both, not all at once
 LIVE = 0.8  # of what a layer keeps, at most there with the gradients that take its place as its backward goes on
-GRAPHS = 6  # times q, k and v of a layer: what the graphs of MuSe's calls read, write and keep in between
+GRAPHS = 6  # times q, k and v of a layer: what MuSe with CUDA graphs held beyond exact attention
 # These three were chosen by the steps of launch/results/2026-11-22-scaling.jsonl.
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from launch.metrics import strict_json
+from launch.metrics import averages, strict_json
 from launch.storage import sync
 
 NAMES = {"muse": "MuSe", "exact": "exact attention", "near": "near field only"}
@@ -82,12 +82,11 @@ def _rank_lines(results: dict[str, Any]) -> list[str]:
 def plot_loss(results: dict[str, Any]) -> Figure:
     """Training loss by step, raw and averaged, with the held-out loss and the unigram entropy as lines."""
     loss = np.asarray(results["history"]["loss"])
-    window = max(len(loss) // 20, 1)
+    window, means = averages(loss)
     figure, axes = _axes("step", "loss (nats a token)", f"{results['name']}: training loss")
     axes.plot(np.arange(1, len(loss) + 1), loss, color=COLOURS["muse"], alpha=0.3, label="every step")
-    if len(loss):
-        axes.plot(np.arange(window, len(loss) + 1), np.convolve(loss, np.ones(window) / window, "valid"),
-                  color=COLOURS["muse"], label=f"mean of {window} steps")
+    if means:
+        axes.plot(np.arange(window, len(loss) + 1), means, color=COLOURS["muse"], label=f"mean of {window} steps")
     axes.axhline(results["loss"][results["config"]["train"]["attention"]], color="tab:green", linestyle="--",
                  label="held-out text, at the end")
     axes.axhline(results["unigram_entropy"], color="grey", linestyle=":", label="unigram entropy")

@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.metrics import strict_json
+from launch.metrics import AVERAGED, averages, strict_json
 
 Row = dict[str, Any]
 POINTS_APART = 5.0  # an axis whose largest value is more than so many times its smallest is logarithmic
-AVERAGED = 20  # losses are shown as means of such a part of the steps: batches differ more than attentions do
 
 
 class Line(NamedTuple):
@@ -30,6 +29,7 @@ class Plot(NamedTuple):
     x: str
     y: str
     series: Callable[[Sequence[Row]], Series]
+    dotted: str = ""  # what a dotted line stands for: "ideal" of ranks that lose nothing, "exact" of no difference
 
 
 def write_report(rows: Sequence[Row], page: Path) -> str:
@@ -157,8 +157,12 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
                      for line in table)
 
 
+def _group(row: Row) -> str:
+    return f"{row['model']}, {row['context']} tokens, {row['ranks']} rank(s)"
+
+
 def _label(row: Row) -> str:
-    return f"{row['model']}, {row['context']} tokens, {row['ranks']} rank(s), {row['attention']}"
+    return f"{_group(row)}, {row['attention']}"
 
 
 def _strong_series(rows: Sequence[Row]) -> Series:
@@ -200,25 +204,24 @@ def _batches(row: Row) -> tuple[Any, ...]:
 
 
 def _loss_line(row: Row) -> Line:
-    group = f"{row['model']}, {row['context']} tokens, {row['ranks']} rank(s)"
-    return Line(group, row["attention"], 1 + 2.5 / row["ranks"])
+    return Line(_group(row), row["attention"], 1 + 2.5 / row["ranks"])
 
 
 def _averages(values: Sequence[float], tokens: int) -> list[tuple[float, float]]:
     """(tokens read, mean of the last steps), `tokens` a step."""
-    window = max(len(values) // AVERAGED, 1)
-    return [(end * tokens, sum(values[end - window:end]) / window) for end in range(window, len(values) + 1)]
+    window, means = averages(values)
+    return [(step * tokens, mean) for step, mean in enumerate(means, window)]
 
 
 PLOTS = {
     "strong": Plot("Strong scaling: the same sequences on more ranks", "ranks", "speed-up over the fewest ranks",
-                   _strong_series),
+                   _strong_series, "ideal"),
     "weak": Plot("Weak scaling: the same tokens a rank", "ranks", "tokens/s a rank", _weak_series),
     "speed": Plot("Speed by the length of sequences", "context (tokens)", "tokens/s a rank", _speed_series),
     "loss": Plot(f"Loss by tokens read, mean of 1/{AVERAGED} of the steps", "tokens read", "loss (nats a token)",
                  _loss_series),
     "difference": Plot(f"Loss less that of exact attention on the same tokens, mean of 1/{AVERAGED} of the steps",
-                       "tokens read", "difference (nats a token)", _difference_series),
+                       "tokens read", "difference (nats a token)", _difference_series, "exact"),
 }
 
 
@@ -239,9 +242,9 @@ def draw(path: Path, plot: Plot, series: Series) -> Path:
                   linewidth=line.width, linestyle="-" if muse else "--",
                   marker="" if steps else "o" if muse else "s")
     if not steps:
-        _scales(axes, series, plot.y.startswith("speed-up"))
-    elif plot.y.startswith("difference"):
-        axes.axhline(0.0, color="black", linewidth=1, linestyle=":", label="exact")
+        _scales(axes, series, plot.dotted)
+    elif plot.dotted:
+        axes.axhline(0.0, color="black", linewidth=1, linestyle=":", label=plot.dotted)
     axes.set(xlabel=plot.x, ylabel=plot.y, title=plot.title)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="x-small", handlelength=4)
@@ -249,14 +252,14 @@ def draw(path: Path, plot: Plot, series: Series) -> Path:
     return path
 
 
-def _scales(axes: Any, series: Series, ideal: bool) -> None:
-    """Powers of two along x; y from zero, or logarithmic; `ideal` adds what ranks that lose nothing would reach."""
+def _scales(axes: Any, series: Series, ideal: str) -> None:
+    """Powers of two along x; y from zero, or logarithmic; `ideal` labels a line of ranks that lose nothing."""
     from matplotlib.ticker import LogLocator
 
     xs = sorted({x for points in series.values() for x, _ in points})
     ys = [y for points in series.values() for _, y in points]
     if ideal and len({points[0][0] for points in series.values()}) == 1:
-        axes.plot(xs, [x / xs[0] for x in xs], color="black", linewidth=1, linestyle=":", label="ideal")
+        axes.plot(xs, [x / xs[0] for x in xs], color="black", linewidth=1, linestyle=":", label=ideal)
     axes.set_xscale("log", base=2)
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.set_xticks([], minor=True)

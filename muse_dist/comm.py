@@ -249,7 +249,7 @@ def padded(count: int) -> int:
 
 
 def words(*tensors: Tensor) -> list[Tensor]:
-    """The same memory, read as words of 8 bytes where all tensors can be: torch copies rows of these much faster."""
+    """The same memory, read as words of 8 bytes where all tensors can be: torch copies strided rows word by word."""
     def fits(x: Tensor) -> bool:
         count = max(1, 8 // x.element_size())
         return x.dim() > 0 and x.stride(-1) == 1 and not any(

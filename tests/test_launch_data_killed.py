@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import psutil
 import pytest
 
 from launch import data as command
@@ -27,11 +27,6 @@ def test_a_killed_process_is_said_with_what_helps(tmp_path, monkeypatch, capsys)
     assert "processes was killed" in (said := capsys.readouterr().err) and "fewer than --workers 2" in said
 
 
-def children(process):
-    tasks = Path(f"/proc/{process}/task").glob("*/children")
-    return [int(child) for path in tasks for child in path.read_text().split()]
-
-
 @pytest.fixture
 def running(tmp_path):
     """launch.data in the middle of its work, with two processes; the first one stands still."""
@@ -43,8 +38,8 @@ def running(tmp_path):
         while len(list((tmp_path / "out" / "parts").glob("*.bin.*"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.002)
         process.send_signal(signal.SIGSTOP)
-        workers = [child for child in children(process.pid) if b"spawn_main" in Path(
-            f"/proc/{child}/cmdline").read_bytes()]
+        children = psutil.Process(process.pid).children()
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         assert len(workers) == 2 and process.poll() is None
         yield process, workers
         process.kill()
@@ -54,12 +49,9 @@ def test_the_processes_of_a_killed_command_end_and_it_goes_on(running, tmp_path)
     process, workers = running
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    left = [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+    left = psutil.wait_procs(workers, timeout=60)[1]
     for worker in left:
-        os.kill(worker, signal.SIGKILL)
+        worker.kill()
     assert not left, "they wait for work that never comes"
     assert command.main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "out"),
                          "--workers", "1"]) == 0
